@@ -1,0 +1,78 @@
+# Make-A-Video: every command of the project. `make help` lists them.
+
+SIZE ?= tiny
+STAGE ?= decoder
+PROMPT ?= a 3D emoji of octopus
+ARGS ?=
+VENV ?= .venv
+PYTHON ?= python3
+
+RUN := $(VENV)/bin/python
+# The virtual environment is whole when this file is in it; it is made anew when the dependencies change.
+READY := $(VENV)/.installed
+
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
+	train-interpolation generate eval-fvd eval-clipsim test lint clean
+
+help: ## print this list
+	@echo 'make TARGET [SIZE=tiny|base|paper] [ARGS="trainer.max_steps=100 ..."]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## make .venv with all packages (uv where present, pip where not)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name it with PYTHON=python3.12")'
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $@
+
+demo: $(READY) ## train all five networks on the data in the repository, then write a film for PROMPT; goes on if interrupted
+	@$(RUN) -m experiments.demo $(SIZE) "$$PROMPT" $(ARGS)
+
+train-clip: $(READY) ## our own CLIP, where the config names no pretrained one
+	@$(RUN) -m experiments.train clip $(SIZE) $(ARGS)
+
+train-prior: $(READY) ## P: text to CLIP image embedding
+	@$(RUN) -m experiments.train prior $(SIZE) $(ARGS)
+
+train-decoder: $(READY) ## D: embedding to image
+	@$(RUN) -m experiments.train decoder $(SIZE) $(ARGS)
+
+train-sr-low: $(READY) ## SR_l: the first super-resolution, on images
+	@$(RUN) -m experiments.train sr_low $(SIZE) $(ARGS)
+
+train-sr-high: $(READY) ## SR_h: the second super-resolution, on images
+	@$(RUN) -m experiments.train sr_high $(SIZE) $(ARGS)
+
+finetune-video: $(READY) ## D^t from D on unlabeled clips; STAGE=sr_low or sr_high for the others
+	@$(RUN) -m experiments.train $(STAGE)_video $(SIZE) $(ARGS)
+
+train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
+	@$(RUN) -m experiments.train interpolation $(SIZE) $(ARGS)
+
+generate: $(READY) ## a film for PROMPT="..."
+	@$(RUN) -m experiments.generate $(SIZE) "$$PROMPT" $(ARGS)
+
+eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random without the I3D weights)
+	@$(RUN) -m experiments.evaluate fvd $(SIZE) $(ARGS)
+
+eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
+	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
+
+test: $(READY) ## the tests: no network, no GPU
+	@$(RUN) -m pytest
+
+lint: $(READY) ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean: ## remove the virtual environment; run folders stay
+	rm -rf $(VENV) *.egg-info
