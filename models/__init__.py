@@ -1,0 +1,1 @@
+"""The networks and the diffusion: tensors in, tensors out."""

@@ -1,0 +1,266 @@
+"""ONE U-Net for D, D^t, upF, SR_l, SR_l^t and SR_h, after unCLIP's ADM (arXiv 2204.06125, 2105.05233).
+
+An image is a clip of one frame. What makes a network a decoder, an interpolator or an upsampler is its
+`UNetConfig`; what makes it a video network is `temporal=True`, which adds layers that begin as the identity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.p3d import PseudoAttention3d, PseudoConv3d, groups, sinusoidal
+
+
+@dataclass
+class UNetConfig:
+    """The shape of a U-Net. Channels at level i are `width * multiples[i]`, its side is 1 / 2^i of the input."""
+
+    width: int = 128  # channels of the first level
+    multiples: list[int] = field(default_factory=lambda: [1, 2, 3, 4])  # channels of each level / width
+    blocks: int = 3  # residual blocks per level, on the way down (one more on the way up)
+    attention: list[int] = field(default_factory=lambda: [2, 4, 8])  # downsampling factors that have attention
+    head_width: int = 64  # channels of an attention head
+    temporal_attention: bool = True  # in a video network, temporal attention after each spatial attention
+    dropout: float = 0.0
+    embedding_width: int = 0  # width of the CLIP image embedding, 0 = not conditioned on one
+    context_tokens: int = 4  # tokens made of the embedding, for attention
+    low_res: bool = False  # super-resolution: takes the small clip, resized, as three more channels
+    learned_variance: bool = True  # predicts the variance too: six output channels (arXiv 2102.09672)
+    checkpoint_activations: bool = False  # recompute residual blocks in backward: less memory, more time
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: norm, SiLU, conv, scale and shift by the timestep embedding, conv.
+
+    `resample` "up" or "down" changes the side by two inside the block, in both of its branches.
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, temporal: bool, resample: str = ""):
+        super().__init__()
+        self.resample = resample
+        self.norm_in = nn.GroupNorm(groups(c_in), c_in)
+        self.conv_in = PseudoConv3d(c_in, c_out, temporal=temporal)
+        self.time = nn.Linear(time_width, 2 * c_out)
+        self.norm_out = nn.GroupNorm(groups(c_out), c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = PseudoConv3d(c_out, c_out, temporal=temporal)
+        nn.init.zeros_(self.conv_out.spatial.weight)
+        nn.init.zeros_(self.conv_out.spatial.bias)  # type: ignore[arg-type]
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor, frames: int) -> Tensor:
+        h = F.silu(self.norm_in(x))
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (h, x))
+        h = self.conv_in(h, frames)
+        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        h = self.conv_out(self.dropout(F.silu(h)), frames)
+        return self.skip(x) + h
+
+
+class Level(nn.Module):
+    """A residual block and, where the level has it, attention."""
+
+    def __init__(self, res: ResBlock, attention: PseudoAttention3d | None = None, recompute: bool = False):
+        super().__init__()
+        self.res, self.attention, self.recompute = res, attention, recompute
+        self.joins_skip = res.resample != "up"  # on the way up, every block but the upsampling one takes a skip
+
+    def run(self, x: Tensor, time: Tensor, frames: int, context: Tensor | None) -> Tensor:
+        x = self.res(x, time, frames)
+        return x if self.attention is None else self.attention(x, frames, context)
+
+    def forward(self, x: Tensor, time: Tensor, frames: int, context: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, time, frames, context, use_reentrant=False)
+        return self.run(x, time, frames, context)
+
+
+class UNet(nn.Module):
+    """The network of every pixel stage.
+
+    Args:
+        config: its shape.
+        temporal: add the temporal layers and the fps embedding (D^t, upF, SR_l^t).
+        masked: add the four input channels of interpolation, masked RGB and mask (paper, section 3.3).
+            Their weights begin at zero, so that upF = D^t at step 0.
+    """
+
+    def __init__(self, config: UNetConfig, *, temporal: bool = False, masked: bool = False):
+        super().__init__()
+        self.config, self.temporal, self.masked = config, temporal, masked
+        width, time_width = config.width, 4 * config.width
+        channels = [width * m for m in config.multiples]
+        context_width = time_width if config.embedding_width and config.context_tokens else 0
+
+        self.time = mlp(width, time_width)
+        self.fps = mlp(width, time_width, zero=True) if temporal else None
+        self.noise_level = mlp(width, time_width) if config.low_res else None
+        if config.embedding_width:
+            self.embedding = nn.Linear(config.embedding_width, time_width)
+            self.context = nn.Linear(config.embedding_width, config.context_tokens * time_width)
+            self.no_embedding = nn.Parameter(torch.zeros(config.embedding_width))  # guidance: "no condition"
+
+        def level(c_in: int, c_out: int, factor: int, resample: str = "", attend: bool = True) -> Level:
+            res = ResBlock(c_in, c_out, time_width, config.dropout, temporal, resample)
+            attention = None
+            if attend and factor in config.attention:
+                attention = PseudoAttention3d(
+                    c_out,
+                    config.head_width,
+                    context_width=context_width,
+                    temporal=temporal and config.temporal_attention,
+                )
+            return Level(res, attention, config.checkpoint_activations)
+
+        self.conv_in = PseudoConv3d(3 + 3 * config.low_res, width, temporal=temporal)
+        # A convolution of its own rather than wider weights: the image checkpoint then loads as it is.
+        self.conv_given = nn.Conv2d(4, width, 3, padding=1, bias=False) if masked else None
+        if self.conv_given is not None:
+            nn.init.zeros_(self.conv_given.weight)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, c, factor = [width], width, 1
+        for i, c_level in enumerate(channels):
+            for _ in range(config.blocks):
+                self.down.append(level(c, c_level, factor))
+                skips.append(c := c_level)
+            if i < len(channels) - 1:
+                factor *= 2
+                self.down.append(level(c, c, factor, "down", attend=False))
+                skips.append(c)
+        self.middle = nn.ModuleList([level(c, c, factor), level(c, c, factor, attend=False)])
+        for i, c_level in reversed(list(enumerate(channels))):
+            for _ in range(config.blocks + 1):
+                self.up.append(level(c + skips.pop(), c_level, factor))
+                c = c_level
+            if i:
+                factor //= 2
+                self.up.append(level(c, c, factor, "up", attend=False))
+        self.norm_out = nn.GroupNorm(groups(c), c)
+        self.conv_out = PseudoConv3d(c, 6 if config.learned_variance else 3, temporal=temporal)
+        nn.init.zeros_(self.conv_out.spatial.weight)
+        nn.init.zeros_(self.conv_out.spatial.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        embedding: Tensor | None = None,
+        drop: Tensor | None = None,
+        fps: Tensor | None = None,
+        low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """One prediction.
+
+        Args:
+            x: noised clip `b 3 f h w`, or image `b 3 h w`, in [-1, 1] before the noise.
+            t: diffusion times `b`.
+            embedding: CLIP image embedding `b d`, scaled to unit variance per coordinate (`models.clip`).
+            drop: rows whose embedding is replaced by the learned "no condition" of guidance, bool `b`.
+            fps: frames per second `b`, the achieved rate.
+            low_res: the small clip resized to x's size, as x.
+            noise_level: diffusion time of the noise that was added to `low_res`, `b`.
+            given: masked RGB and mask `b 4 f h w`; mask 1 = this frame is given.
+
+        Returns:
+            As x, with 6 channels if the variance is learned (prediction first).
+        """
+        image = x.ndim == 4
+        if image:
+            x = x.unsqueeze(2)
+            low_res = low_res.unsqueeze(2) if low_res is not None else None
+        sides = 2 ** (len(self.config.multiples) - 1)
+        if x.shape[-1] % sides or x.shape[-2] % sides:
+            raise ValueError(f"a U-Net of {len(self.config.multiples)} levels needs sides divisible by {sides}, "
+                             f"not {x.shape[-2]} x {x.shape[-1]}.")  # fmt: skip
+        frames = x.shape[2]
+
+        # Conditions are repeated per frame before the layers that read them, not after: a matrix product rounds
+        # by its number of rows, and a clip must equal its frames folded into the batch bit for bit.
+        def per_frame(values: Tensor) -> Tensor:
+            return values.repeat_interleave(frames, dim=0)
+
+        time = self.time(sinusoidal(per_frame(t), self.config.width).to(x.dtype))
+        context = None
+        if self.config.embedding_width:
+            if embedding is None:
+                raise ValueError("this U-Net is conditioned on a CLIP image embedding; none was given.")
+            if drop is not None:
+                embedding = torch.where(drop[:, None], self.no_embedding.to(embedding.dtype), embedding)
+            embedding = per_frame(embedding)
+            time = time + self.embedding(embedding)
+            context = rearrange(self.context(embedding), "b (n d) -> b n d", n=self.config.context_tokens)
+        if self.fps is not None and fps is not None and frames > 1:
+            # fps in 1...30 is stretched over the range that sinusoids of a diffusion time resolve well
+            time = time + self.fps(sinusoidal(per_frame(fps * (1000 / 30)), self.config.width).to(x.dtype))
+        if self.noise_level is not None and noise_level is not None:
+            time = time + self.noise_level(sinusoidal(per_frame(noise_level), self.config.width).to(x.dtype))
+
+        x = fold(torch.cat((x, low_res), dim=1) if low_res is not None else x)
+        h = self.conv_in.spatial(x)
+        if self.conv_given is not None and given is not None:
+            h = h + self.conv_given(fold(given))
+        h = self.conv_in.along_time(h, frames)
+        skips = [h]
+        for block in self.down:
+            h = block(h, time, frames, context)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, time, frames, context)
+        for block in self.up:
+            if block.joins_skip:
+                h = torch.cat((h, skips.pop()), dim=1)
+            h = block(h, time, frames, context)
+        h = self.conv_out(F.silu(self.norm_out(h)), frames)
+        h = rearrange(h, "(b f) c h w -> b c f h w", f=frames)
+        return h.squeeze(2) if image else h
+
+    def temporal_keys(self) -> set[str]:
+        """Keys of the state dict that an image network of the same config does not have."""
+        return {k for k in self.state_dict() if ".temporal." in f".{k}" or k.startswith(("fps.", "conv_given."))}
+
+    def load_image_weights(self, state: dict[str, Tensor]) -> None:
+        """Load the weights of the network this one grows from (D -> D^t -> upF, SR_l -> SR_l^t).
+
+        Missing keys may only be temporal or mask keys, and no key may be unexpected.
+
+        Raises:
+            ValueError: the checkpoint is of another network; says which keys disagree.
+        """
+        allowed = self.temporal_keys()
+        own = self.state_dict()
+        wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
+        missing = set(own) - set(state)
+        if wrong or missing - allowed:
+            names = sorted(wrong) + sorted(missing - allowed)
+            raise ValueError(
+                f"the checkpoint is not of this network: {len(names)} keys disagree, the first is '{names[0]}'. "
+                "Train the earlier stage with the same config, or point to another checkpoint."
+            )
+        self.load_state_dict(state, strict=False)
+
+
+def fold(clip: Tensor) -> Tensor:
+    """`b c f h w` -> `(b f) c h w` in channels-last memory."""
+    return rearrange(clip, "b c f h w -> (b f) c h w").contiguous(memory_format=torch.channels_last)
+
+
+def mlp(c_in: int, c_out: int, zero: bool = False) -> nn.Sequential:
+    """Two layers with a SiLU between; `zero` starts it as the zero function."""
+    layers: Sequence[nn.Module] = (nn.Linear(c_in, c_out), nn.SiLU(), nn.Linear(c_out, c_out))
+    if zero:
+        nn.init.zeros_(layers[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(layers[2].bias)  # type: ignore[arg-type]
+    return nn.Sequential(*layers)
