@@ -1,0 +1,134 @@
+"""The order of samples is pure, complete and split exactly; what cannot be loaded is replaced and counted."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.shards import Positions, Stream, collate, permutation
+from datamodules.tars import expand, index, scan
+
+
+class Numbers:
+    """Samples 0..n-1, of which `bad` cannot be loaded."""
+
+    def __init__(self, n: int, bad: tuple[int, ...] = ()) -> None:
+        self.n, self.bad = n, bad
+
+    def __len__(self) -> int:
+        return self.n
+
+    def name(self, index: int) -> str:
+        return f"numbers:{index}"
+
+    def load(self, index: int, position: int, rng: np.random.Generator) -> dict[str, Any]:
+        if index in self.bad:
+            raise ValueError("the number is bad")
+        return {"x": torch.tensor(index), "draw": torch.tensor(rng.random()), "key": str(index)}
+
+
+@pytest.mark.parametrize("n", [1, 7, 128])
+def test_an_epoch_holds_every_sample_once(n: int) -> None:
+    for epoch in range(3):
+        assert sorted(permutation(3, epoch, n)) == list(range(n))
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    first = permutation(0, 0, 100).copy()
+    permutation.cache_clear()
+    assert (permutation(0, 0, 100) == first).all()
+    assert (permutation(0, 1, 100) != first).any()
+    assert (permutation(1, 0, 100) != first).any()
+
+
+def test_a_sample_is_a_pure_function_of_its_position() -> None:
+    stream, again = Stream(Numbers(10), seed=5), Stream(Numbers(10), seed=5)
+    forward = [stream[i]["draw"].item() for i in range(25)]
+    backward = [again[i]["draw"].item() for i in reversed(range(25))]
+    assert forward == backward[::-1]
+    assert len(set(forward)) == 25  # a sample is drawn anew in each epoch
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_partition_the_positions_in_every_step(world: int) -> None:
+    ranks = [list(islice(Positions(40, 4, rank, world), 5)) for rank in range(world)]
+    for step in range(5):
+        together = [position for rank in ranks for position in rank[step]]
+        assert together == list(range(40 + step * world * 4, 40 + (step + 1) * world * 4))
+
+
+def test_the_batches_have_no_length() -> None:
+    with pytest.raises(TypeError):
+        len(Positions(0, 4))  # type: ignore[arg-type]
+
+
+def test_a_bad_sample_is_replaced_by_the_next_and_reported() -> None:
+    clean, stream = Stream(Numbers(10), seed=0), Stream(Numbers(10, bad=(3,)), seed=0)
+    position = [clean.index(p) for p in range(10)].index(3)
+    sample = stream[position]
+    assert sample["key"] == clean[position + 1]["key"]
+    assert sample["skipped"] == [("numbers:3", "the number is bad")]
+    batch = collate([stream[p] for p in range(10)])
+    assert batch["x"].shape == (10,) and isinstance(batch["key"], list)
+    assert batch["skipped"] == [("numbers:3", "the number is bad")]
+
+
+def test_too_many_bad_samples_in_a_row_end_in_a_sentence() -> None:
+    with pytest.raises(RuntimeError, match=r"32 samples in a row .*the number is bad.*numbers:"):
+        Stream(Numbers(5, bad=tuple(range(5))), seed=0)[0]
+
+
+def test_wrong_ranks_and_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="Rank 2"):
+        Positions(0, 4, rank=2, world=2)
+    with pytest.raises(ValueError, match="batch size"):
+        Positions(0, 0)
+
+
+def test_shards_are_found_by_range_glob_and_folder(tmp_path: Path, make_shard: Any) -> None:
+    paths = [str(make_shard(tmp_path / f"{i:05d}.tar", 1, first=i)) for i in range(3)]
+    assert expand(str(tmp_path / "{00000..00002}.tar")) == paths
+    assert expand([str(tmp_path / "*.tar")]) == paths
+    assert expand(str(tmp_path)) == paths
+    with pytest.raises(FileNotFoundError, match="00003.tar; give a .tar file"):
+        expand(str(tmp_path / "{00000..00003}.tar"))
+
+
+def test_the_index_finds_the_bytes(tmp_path: Path, make_shard: Any) -> None:
+    entries, problems = index([str(make_shard(tmp_path / "a.tar", 3))], [["jpg"], ["txt"]])
+    assert [entry.read("txt") for entry in entries] == [b"caption 0", b"caption 1", b"caption 2"]
+    assert not problems
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.77, 0.9])
+def test_what_a_truncated_shard_still_holds_is_kept(tmp_path: Path, make_shard: Any, share: float) -> None:
+    path = make_shard(tmp_path / "a.tar", 20)
+    whole, _ = index([str(path)], [["jpg"], ["txt", "json"]])
+    data = path.read_bytes()
+    end = max(sum(span) for span in whole[-1].members.values())
+    path.write_bytes(data[: int(end * share)])
+    kept, problems = index([str(path)], [["jpg"], ["txt", "json"]])
+    assert 0 < len(kept) < 20
+    assert [entry.read("jpg") for entry in kept] == [whole[i].read("jpg") for i in range(len(kept))]
+    assert any("truncated" in cause for _, cause in problems)
+
+
+def test_shards_that_are_no_tars_are_reported_and_nothing_at_all_is_an_error(tmp_path: Path, make_shard: Any) -> None:
+    good = str(make_shard(tmp_path / "good.tar", 2))
+    empty, junk = tmp_path / "empty.tar", tmp_path / "junk.tar"
+    empty.write_bytes(b"")
+    junk.write_bytes(b"no tar" * 500)
+    assert scan(str(empty)) == ({}, "the shard is empty")
+    entries, problems = index([str(empty), good, str(junk)], [["jpg"]])
+    assert len(entries) == 2 and len(problems) == 2
+    with pytest.raises(ValueError, match="No sample could be read from .*empty.tar.*expected are"):
+        index([str(empty), str(junk)], [["jpg"]])
+
+
+def test_a_sample_that_lacks_its_picture_is_left_out(tmp_path: Path, make_shard: Any) -> None:
+    path = str(make_shard(tmp_path / "a.tar", 2))
+    with pytest.raises(ValueError, match="KEY.mp4"):
+        index([path], [["mp4"]])

@@ -1,0 +1,116 @@
+"""Video: what a batch holds, that no caption can be in it, what is skipped, exact resume."""
+
+import pickle
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules import Curriculum, VideoDataModule
+
+DEMO = Path(__file__).parents[2] / "experiments" / "demo" / "clips"
+CANARY = "canary-in-the-caption"
+
+
+def make(root: Path, **options: Any) -> VideoDataModule:
+    given: dict[str, Any] = {
+        "batch_size": 2,
+        "frames": 4,
+        "resolution": 16,
+        "curriculum": Curriculum(steps=10),
+    } | options
+    return VideoDataModule(root, **given)
+
+
+def batches(module: VideoDataModule, n: int) -> list[dict[str, Any]]:
+    return list(islice(iter(module.train_dataloader()), n))
+
+
+def test_a_batch_holds_clips_rates_and_keys(tmp_path: Path, make_webvid: Any) -> None:
+    (batch,) = batches(make(make_webvid(tmp_path, 3)), 1)
+    assert set(batch) == {"video", "fps", "key", "skipped"}
+    assert batch["video"].shape == (2, 3, 4, 16, 16) and batch["video"].dtype == torch.uint8
+    assert batch["fps"].shape == (2,) and batch["fps"].dtype == torch.float32
+    assert (3 < batch["fps"]).all() and (batch["fps"] <= 24.001).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_caption_can_reach_a_batch(tmp_path: Path, make_webvid: Any, workers: int) -> None:
+    root = make_webvid(tmp_path, 2, name=CANARY, extra=("missing",))
+    assert CANARY in (root / "table.csv").read_text()
+    module = make(root, workers=workers)
+    dataset = module.train_dataloader().loader.dataset
+    seen = [dataset, module.source().clips, *batches(module, 3), module.preview(2)]
+    assert "missing" in repr(module.source())  # the search below would find what is there
+    for thing in seen:
+        assert CANARY not in repr(thing) and CANARY.encode() not in pickle.dumps(thing)
+    assert CANARY not in repr(module.source()) and CANARY not in repr(module.skipped)
+
+
+def test_rates_fall_with_the_curriculum(tmp_path: Path, make_webvid: Any) -> None:
+    module = make(make_webvid(tmp_path, 2, frames=48), batch_size=8, curriculum=Curriculum(steps=4))
+    rates = [batch["fps"].mean().item() for batch in batches(module, 6)]
+    assert rates[0] > 14 and rates[-1] < 12
+
+
+def test_broken_clips_are_skipped_and_counted(tmp_path: Path, make_webvid: Any, make_video: Any) -> None:
+    root = make_webvid(tmp_path, 3, extra=("half", "empty", "missing", "short"))
+    whole = (root / "mp4" / "000.mp4").read_bytes()
+    (root / "mp4" / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "mp4" / "empty.mp4").write_bytes(b"")
+    make_video(root / "mp4" / "short.mp4", [0, 1, 2])
+    module = make(root, batch_size=7)
+    for batch in batches(module, 2):
+        batch = module.on_before_batch_transfer(batch, 0)
+        assert set(batch["key"]) <= {"000", "001", "002"} and len(batch["key"]) == 7
+    assert module.skipped["the file is missing"] >= 2
+    assert module.skipped["the clip is too short for 4 frames"] >= 2
+    assert sum(n for cause, n in module.skipped.items() if "cannot be opened" in cause) >= 4
+
+
+def test_wrong_folders_end_in_a_sentence(tmp_path: Path, make_webvid: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        make(tmp_path / "nowhere").setup()
+    with pytest.raises(FileNotFoundError, match="no CSV file"):
+        make(tmp_path).setup()
+    (tmp_path / "a.csv").write_text("id,name\n1,x\n")
+    with pytest.raises(ValueError, match="a.csv lacks the column videoid and page_dir"):
+        make(tmp_path).setup()
+    (tmp_path / "a.csv").write_text("videoid,page_dir\n1,x\n")
+    with pytest.raises(ValueError, match="No video listed in .*a.csv"):
+        make(tmp_path).setup()
+    make_webvid(tmp_path, 1)
+    with pytest.raises(ValueError, match="several CSV files"):
+        make(tmp_path).setup()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, make_webvid: Any, fit: Any, workers: int) -> None:
+    root = make_webvid(tmp_path / "data", 5)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(make(root, workers=workers), 5, callbacks=[saver])
+    path = tmp_path / "step=2.ckpt"
+    assert torch.load(path, weights_only=True)["VideoDataModule"] == {"consumed": 4}
+    assert fit(make(root, workers=workers), 5, ckpt_path=path) == whole[2:]
+
+
+def test_resumed_clips_are_the_same_to_the_pixel(tmp_path: Path, make_webvid: Any) -> None:
+    root = make_webvid(tmp_path, 3, frames=48)
+    straight = batches(make(root), 4)
+    module = make(root, workers=1)
+    module.preview(1)  # a decoder used before the workers fork must not hurt them
+    module.load_state_dict({"consumed": 4})
+    for a, b in zip(batches(module, 2), straight[2:], strict=True):
+        assert a["key"] == b["key"] and torch.equal(a["fps"], b["fps"]) and torch.equal(a["video"], b["video"])
+
+
+def test_the_demo_clips_load() -> None:
+    module = make(DEMO, batch_size=96, frames=2)
+    (batch,) = batches(module, 1)
+    assert len(set(batch["key"])) == 96 and not batch["skipped"]
+    preview, again = make(DEMO).preview(2), make(DEMO, seed=1).preview(2)
+    assert torch.equal(preview["video"], again["video"])
+    assert preview["fps"].tolist() == pytest.approx([6.8, 6.8], rel=0.05)
