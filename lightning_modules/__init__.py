@@ -1,0 +1,1 @@
+"""One LightningModule per stage, and what they share: optimisers, callbacks, metrics."""

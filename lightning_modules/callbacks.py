@@ -1,0 +1,124 @@
+"""What every stage's training has in common, as Lightning callbacks."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from lightning_modules.media import strip, write_mp4, write_png
+
+
+class StepSeed(L.Callback):
+    """Seeds the global generator of every training step by (seed, batch number, rank).
+
+    A resumed run draws what the uninterrupted one would have drawn: times, noise, dropout, masks.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        key = f"{self.seed}/{batch_idx}/{trainer.global_rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+
+
+class EMA(L.Callback):
+    """Exponential moving average of the parameters of `pl_module.net`.
+
+    The decay is warmed up, min(decay, (1 + n) / (10 + n)), so that the average is of use early. It goes into the
+    checkpoint, and takes the place of the weights while pictures are made and in the exported file.
+    """
+
+    def __init__(self, decay: float):
+        self.decay, self.updates = decay, 0
+        self.average: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parameters = dict(pl_module.net.named_parameters())  # type: ignore[union-attr, operator]
+        restored = self.average
+        self.average = {
+            k: (restored[k] if k in restored else p).detach().clone().to(p.device) for k, p in parameters.items()
+        }
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step <= self.updates:  # a batch of an accumulation that is not complete
+            return
+        self.updates = trainer.global_step
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        parameters = [p.detach() for p in pl_module.net.parameters()]  # type: ignore[union-attr, operator]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+
+    def swap(self, net: torch.nn.Module) -> None:
+        """Exchange weights and average; a second call exchanges them back."""
+        for key, parameter in net.named_parameters():
+            parameter.data, self.average[key] = self.average[key], parameter.data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.updates = state["average"], state["updates"]
+
+
+class Samples(L.Callback):
+    """Pictures of a fixed batch with fixed noise, by the averaged weights, while a stage trains.
+
+    Writes `samples/step_00001000.png`, a row for each picture of the module's `sample`, and for clips an mp4
+    beside it; W&B gets the files by path.
+    """
+
+    def __init__(self, batch: dict[str, Any], folder: Path, every: int, ema: EMA, seed: int):
+        self.batch, self.folder, self.every, self.ema, self.seed = batch, folder, every, ema, seed
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.every == 0 or step == trainer.max_steps
+        if not due or not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.ema.swap(pl_module.net)  # type: ignore[arg-type]
+        pl_module.eval()
+        torch.manual_seed(self.seed)
+        moved = {k: v.to(pl_module.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            pictures = pl_module.sample(moved)  # type: ignore[operator]
+        pl_module.train()
+        self.ema.swap(pl_module.net)  # type: ignore[arg-type]
+        if pictures:
+            self.save(trainer, {k: v for k, v in pictures.items() if v.shape[1] == 3}, step)
+
+    def save(self, trainer: L.Trainer, pictures: dict[str, Tensor], step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = list(pictures.values())
+        path = self.folder / f"step_{step:08d}.png"
+        write_png(path, torch.cat([strip(row) for row in rows], dim=1))
+        media = {"image": path}
+        if rows[0].ndim == 5 and rows[0].shape[2] > 1:
+            media["video"] = path.with_suffix(".mp4")
+            write_mp4(media["video"], torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2), fps=8)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)], step=step)
+                if "video" in media:
+                    logger.log_video("clips", [str(media["video"])], step=step, format=["mp4"])
+
+
+class SkippedData(L.Callback):
+    """Logs how many samples could not be read, and were replaced, so far."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        skipped = getattr(trainer.datamodule, "skipped", None)  # type: ignore[attr-defined]
+        if skipped:
+            pl_module.log("data/skipped", float(sum(skipped.values())))

@@ -1,0 +1,109 @@
+"""Training of D on images, then of D^t on unlabeled clips (paper, sections 3.1 and 3.2)."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lightning_modules.optim import OptimConfig, optimizers
+from models.cascade import pixel_denoiser
+from models.clip import Clip, scaled
+from models.diffusion import Diffusion
+from models.samplers import ddim, guided
+from models.unet import UNet
+
+CLIP_FRAMES = ("first", "middle", "random", "mean")
+
+
+class DecoderModule(L.LightningModule):
+    """The decoder turns a CLIP image embedding into pixels. It never sees text.
+
+    A batch of images trains D, a batch of clips D^t.
+
+    Args:
+        clip_frame: whose CLIP embedding conditions a clip: first | middle | random | mean of all frames.
+        drop: share of samples trained without embedding, for guidance (0.1 in unCLIP).
+        guidance: of the pictures made while training.
+    """
+
+    def __init__(
+        self,
+        net: UNet,
+        diffusion: Diffusion,
+        clip: Clip,
+        optim: OptimConfig,
+        clip_frame: str = "first",
+        drop: float = 0.1,
+        freeze_spatial: bool = False,
+        guidance: float = 2.0,
+    ):
+        super().__init__()
+        if clip_frame not in CLIP_FRAMES:
+            raise ValueError(f"clip_frame '{clip_frame}' is not one of {', '.join(CLIP_FRAMES)}.")
+        self.net, self.diffusion, self.clip, self.optim = net, diffusion, clip, optim
+        self.clip_frame, self.drop, self.guidance = clip_frame, drop, guidance
+        if freeze_spatial:
+            freeze_all_but_temporal(net)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        embedding = self.embedding(batch)
+        x0 = pixels(batch)
+        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
+        eps = torch.randn_like(x0)
+        z = self.diffusion.noised(x0, t, eps)
+        drop = torch.rand(len(x0), device=self.device) < self.drop
+        output = self.net(z, t, embedding=embedding, drop=drop, fps=batch.get("fps"), **self.given(x0))
+        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def given(self, x0: Tensor) -> dict[str, Tensor]:
+        """Further conditions of the network; the decoder has none."""
+        return {}
+
+    def embedding(self, batch: dict[str, Any]) -> Tensor:
+        """The scaled CLIP image embedding of each image, or of each clip's chosen frame, `b d`."""
+        if "image" in batch:
+            return scaled(self.clip.encode_image(batch["image"]))
+        video: Tensor = batch["video"]
+        b, _, f, _, _ = video.shape
+        if self.clip_frame == "mean":
+            every = self.clip.encode_image(rearrange(video, "b c f h w -> (b f) c h w"))
+            return scaled(torch.nn.functional.normalize(every.view(b, f, -1).mean(1), dim=-1))
+        if self.clip_frame == "random":
+            chosen = torch.randint(f, (b,), device=video.device)
+        else:
+            chosen = torch.full((b,), 0 if self.clip_frame == "first" else f // 2, device=video.device)
+        return scaled(self.clip.encode_image(video[torch.arange(b, device=video.device), :, chosen]))
+
+    def configure_optimizers(self) -> Any:
+        return optimizers(self.net, self.optim, self.trainer.max_steps)
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any], steps: int = 25) -> dict[str, Tensor]:
+        """Pictures of the embeddings of a fixed batch, beside the originals: `real` and `made`, in [-1, 1]."""
+        embedding, real = self.embedding(batch), pixels(batch)
+        given = self.given(real)
+        shared = dict(embedding=embedding, fps=batch.get("fps"), **given)
+        drop = torch.ones(len(real), dtype=torch.bool, device=self.device)
+        denoise = guided(
+            pixel_denoiser(self.net, self.diffusion, **shared),
+            pixel_denoiser(self.net, self.diffusion, drop=drop, **shared),
+            self.guidance,
+        )
+        made = ddim(denoise, torch.randn_like(real), self.diffusion.times(steps, self.device), lambda: real)
+        return {"real": real, "made": made, **given}
+
+
+def pixels(batch: dict[str, Any]) -> Tensor:
+    """The pixels of a batch: uint8 to float in [-1, 1]."""
+    return batch["video" if "video" in batch else "image"].float() / 127.5 - 1
+
+
+def freeze_all_but_temporal(net: UNet) -> None:
+    """Train the layers that the image network did not have, and nothing else (`freeze_spatial`)."""
+    temporal = net.temporal_keys()
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_(key in temporal)

@@ -1,0 +1,45 @@
+"""Training of P: text to CLIP image embedding. The only stage that sees text (paper, section 3.1)."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.optim import OptimConfig, optimizers
+from models.clip import Clip, scaled
+from models.diffusion import Diffusion
+
+
+class PriorModule(L.LightningModule):
+    """The prior predicts the clean image embedding from captions (unCLIP, arXiv 2204.06125, section 2.2).
+
+    Args:
+        drop: share of samples trained without text, for guidance (0.1 in unCLIP).
+    """
+
+    def __init__(self, net: nn.Module, diffusion: Diffusion, clip: Clip, optim: OptimConfig, drop: float = 0.1):
+        super().__init__()
+        self.net, self.diffusion, self.clip, self.optim, self.drop = net, diffusion, clip, optim, drop
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x0 = scaled(self.clip.encode_image(batch["image"]))
+        tokens = self.clip.tokens(batch["text"]).to(self.device)
+        text = scaled(self.clip.encode_text(tokens))
+        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
+        eps = torch.randn_like(x0)
+        z = self.diffusion.noised(x0, t, eps)
+        output = self.net(z, t, tokens, text, drop=torch.rand(len(x0), device=self.device) < self.drop)
+        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
+        self.log("loss", loss, prog_bar=True)
+        with torch.no_grad():
+            self.log("cosine", F.cosine_similarity(output.float(), x0).mean())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return optimizers(self.net, self.optim, self.trainer.max_steps)
+
+    def sample(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Nothing to look at: an embedding has no picture before the decoder."""
+        return {}

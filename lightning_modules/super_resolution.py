@@ -1,0 +1,95 @@
+"""Training of SR_l on images, SR_l^t on clips, and SR_h on images and frames of video (paper, section 3.2)."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.decoder import freeze_all_but_temporal, pixels
+from lightning_modules.optim import OptimConfig, optimizers
+from models.cascade import pixel_denoiser
+from models.diffusion import Diffusion, gaussian_blur, low_res_condition
+from models.samplers import ddim
+from models.unet import UNet
+
+
+class SuperResolutionModule(L.LightningModule):
+    """Diffusion of the large clip, given the small one. It sees neither text nor embedding.
+
+    Args:
+        factor: large side / small side.
+        blur: deviation of the Gaussian blur of the small clip, 3 pixels wide (0.6 in unCLIP for 64 -> 256).
+        max_noise_level: the small clip is noised to a random diffusion time below this (arXiv 2106.15282).
+    """
+
+    def __init__(
+        self,
+        net: UNet,
+        diffusion: Diffusion,
+        optim: OptimConfig,
+        factor: int,
+        blur: float = 0.6,
+        max_noise_level: int = 250,
+        freeze_spatial: bool = False,
+    ):
+        super().__init__()
+        self.net, self.diffusion, self.optim = net, diffusion, optim
+        self.factor, self.blur, self.max_noise_level = factor, blur, max_noise_level
+        if freeze_spatial:
+            freeze_all_but_temporal(net)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x0, fps = self.target(batch)
+        half = torch.rand(len(x0), device=self.device) < 0.5  # half are blurred, as real inputs are not always soft
+        small = downsample(x0, self.factor)
+        blurred = per_frame(small, lambda rows: gaussian_blur(rows, self.blur))
+        small = torch.where(half.view(-1, 1, 1, 1, 1), blurred, small)
+        level = torch.randint(max(1, self.max_noise_level), (len(x0),), device=self.device)
+        low = low_res_condition(small, x0.shape[-1], self.diffusion, level, torch.randn_like(x0))
+        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
+        eps = torch.randn_like(x0)
+        z = self.diffusion.noised(x0, t, eps)
+        output = self.net(z, t, low_res=low, noise_level=level, fps=fps)
+        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def target(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The large clips `b 3 f h w` and their fps; a network without time sees frames as images."""
+        x0 = pixels(batch)
+        if x0.ndim == 4:
+            return x0.unsqueeze(2), None
+        if self.net.temporal:
+            return x0, batch["fps"]
+        return rearrange(x0, "b c f h w -> (b f) c 1 h w"), None
+
+    def configure_optimizers(self) -> Any:
+        return optimizers(self.net, self.optim, self.trainer.max_steps)
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any], steps: int = 20) -> dict[str, Tensor]:
+        """The fixed batch made small, large again, and as it was: `low`, `made` and `real` in [-1, 1]."""
+        real, fps = self.target(batch)
+        level = torch.full((len(real),), -1, device=self.device)
+        noise = torch.randn_like(real)
+        low = low_res_condition(downsample(real, self.factor), real.shape[-1], self.diffusion, level, noise)
+        denoise = pixel_denoiser(self.net, self.diffusion, low_res=low, noise_level=level.clamp(min=0), fps=fps)
+        made = ddim(denoise, noise, self.diffusion.times(steps, self.device), lambda: noise)
+        return {"low": low, "made": made, "real": real}
+
+
+def downsample(clip: Tensor, factor: int) -> Tensor:
+    """`b c f h w` made `factor` times smaller, antialiased."""
+    side = clip.shape[-1] // factor
+    return per_frame(
+        clip, lambda rows: F.interpolate(rows, (side, side), mode="bilinear", antialias=True, align_corners=False)
+    )
+
+
+def per_frame(clip: Tensor, function: Any) -> Tensor:
+    """Apply a function of `n c h w` to the frames of `b c f h w`."""
+    frames = clip.shape[2]
+    return rearrange(function(rearrange(clip, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", f=frames)
