@@ -1,0 +1,1 @@
+"""Commands: each parses, builds, runs. The only place that knows every package."""

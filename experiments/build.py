@@ -1,0 +1,258 @@
+"""From a config to networks, data and modules: the table of the nine stages."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import open_clip
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from datamodules.image_text import ImageTextDataModule
+from datamodules.video import VideoDataModule
+from experiments.config import Config, StageConfig, SuperResolutionStage, VideoStage
+from lightning_modules.clip import ClipModule
+from lightning_modules.decoder import DecoderModule
+from lightning_modules.interpolation import InterpolationModule
+from lightning_modules.prior import PriorModule
+from lightning_modules.super_resolution import SuperResolutionModule
+from models.cascade import MakeAVideo, OnStep, Stage
+from models.clip import Clip, build_clip
+from models.diffusion import Diffusion
+from models.prior import Prior
+from models.unet import UNet
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage: the command that trains it, the stage it starts from, and whether it needs CLIP."""
+
+    title: str
+    command: str
+    grows_from: str = ""
+    needs_clip: bool = False
+
+
+# In the order in which they are trained.
+STAGES = {
+    "clip": Recipe("CLIP", "train-clip"),
+    "prior": Recipe("P", "train-prior", needs_clip=True),
+    "decoder": Recipe("D", "train-decoder", needs_clip=True),
+    "sr_low": Recipe("SR_l", "train-sr-low"),
+    "sr_high": Recipe("SR_h", "train-sr-high"),
+    "decoder_video": Recipe("D^t", "finetune-video", "decoder", needs_clip=True),
+    "sr_low_video": Recipe("SR_l^t", "finetune-video STAGE=sr_low", "sr_low"),
+    "sr_high_video": Recipe("SR_h on video", "finetune-video STAGE=sr_high", "sr_high"),
+    "interpolation": Recipe("upF", "train-interpolation", "decoder_video", needs_clip=True),
+}
+
+
+def wanted(config: Config) -> list[str]:
+    """The stages that this config trains: not CLIP if it names a pretrained one, not what it switches off."""
+    skipped = {
+        "clip": bool(config.clip.model.name),
+        "sr_low_video": not config.sr_low.finetune_on_video,
+        "sr_high_video": not config.sr_high.finetune_on_video,
+    }
+    return [stage for stage in STAGES if not skipped.get(stage)]
+
+
+def run_folder(config: Config, stage: str) -> Path:
+    """`<runs>/<size>/<stage>`."""
+    return Path(config.runs) / config.size / stage
+
+
+def section(config: Config, stage: str) -> StageConfig:
+    """The stage's section of the config."""
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage '{stage}': it is one of {', '.join(STAGES)}.")
+    return getattr(config, stage)
+
+
+def network(config: Config, stage: str) -> nn.Module:
+    """The network of a stage, with fresh weights."""
+    if stage == "clip":
+        return build_clip(config.clip.model)
+    if stage == "prior":
+        return Prior(replace(config.prior.model, embedding_width=config.clip.model.embedding_width))
+    if stage in ("decoder", "decoder_video", "interpolation"):
+        shape = replace(config.decoder.unet, embedding_width=config.clip.model.embedding_width)
+        return UNet(shape, temporal=stage != "decoder", masked=stage == "interpolation")
+    shape = replace(super_resolution(config, stage).unet, low_res=True)
+    return UNet(shape, temporal=stage == "sr_low_video")
+
+
+def super_resolution(config: Config, stage: str) -> SuperResolutionStage:
+    """The section that shapes a super-resolution stage, for images and video alike."""
+    return config.sr_low if stage.startswith("sr_low") else config.sr_high
+
+
+def diffusion(config: Config, stage: str) -> Diffusion:
+    """The diffusion of a stage: a video stage has that of its image stage."""
+    if stage == "prior":
+        return Diffusion(config.prior.diffusion)
+    decoder = stage in ("decoder", "decoder_video", "interpolation")
+    return Diffusion(config.decoder.diffusion if decoder else super_resolution(config, stage).diffusion)
+
+
+def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.LightningModule:
+    """The LightningModule of a stage."""
+    part: Any = section(config, stage)
+    if stage == "clip":
+        return ClipModule(net, part.optim)
+    if stage.startswith("sr_"):
+        shape = super_resolution(config, stage)
+        assert isinstance(net, UNet)
+        return SuperResolutionModule(
+            net,
+            diffusion(config, stage),
+            part.optim,
+            factor=shape.factor,
+            blur=shape.blur,
+            max_noise_level=shape.max_noise_level,
+            freeze_spatial=getattr(part, "freeze_spatial", False) and net.temporal,
+        )
+    assert clip is not None
+    if stage == "prior":
+        return PriorModule(net, diffusion(config, stage), clip, part.optim, part.drop)
+    assert isinstance(net, UNet)
+    if stage == "decoder":
+        return DecoderModule(net, diffusion(config, stage), clip, part.optim, drop=part.drop)
+    kind = InterpolationModule if stage == "interpolation" else DecoderModule
+    return kind(
+        net,
+        diffusion(config, stage),
+        clip,
+        part.optim,
+        clip_frame=part.clip_frame,
+        drop=part.drop,
+        freeze_spatial=part.freeze_spatial,
+    )
+
+
+def datamodule(config: Config, stage: str) -> ImageTextDataModule | VideoDataModule:
+    """The data of a stage: captioned images, or clips without a word."""
+    part = section(config, stage)
+    if stage.startswith("sr_"):
+        shape = super_resolution(config, stage)
+        resolution, crop = shape.size, shape.crop if shape.crop < shape.size else None
+    else:
+        resolution, crop = config.decoder.size, None
+    if stage in ("clip", "prior"):
+        resolution = config.clip.model.image_size
+    batch = part.trainer.batch_size
+    if isinstance(part, VideoStage):
+        if not config.data.clips:
+            raise ValueError("data.clips is empty: name the folder with the clips and their CSV.")
+        return VideoDataModule(
+            config.data.clips,
+            batch,
+            part.frames,
+            resolution,
+            crop,
+            curriculum=part.curriculum,
+            seed=config.seed,
+            workers=part.trainer.workers,
+        )
+    if not config.data.shards:
+        raise ValueError("data.shards is empty: name the tar shards of captioned images.")
+    return ImageTextDataModule(config.data.shards, batch, resolution, crop, config.seed, part.trainer.workers)
+
+
+def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    """The averaged weights that a finished stage left in its run folder.
+
+    Raises FileNotFoundError, which names the command to run, where there are none.
+    """
+    path = run_folder(config, stage) / "weights.safetensors"
+    if not path.is_file():
+        command = f"make {STAGES[stage].command} SIZE={config.size}"
+        raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.")
+    return load_file(path)
+
+
+def load_clip(config: Config) -> Clip:
+    """The frozen CLIP: a pretrained open_clip model if the config names one, else our own from its run folder.
+
+    Raises:
+        ValueError: an unknown name, a wrong checksum, or an embedding width that disagrees with the config.
+    """
+    model = config.clip.model
+    if not model.name:
+        net = build_clip(model)
+        net.load_state_dict(weights(config, "clip"))
+        return Clip(net, f"ours-{config.size}")
+    if not model.pretrained:
+        raise ValueError("clip.model.pretrained is empty: give open_clip's tag, or the path of a checkpoint.")
+    if model.sha256:
+        digest = hashlib.sha256(Path(model.pretrained).read_bytes()).hexdigest()
+        if digest != model.sha256:
+            raise ValueError(f"{model.pretrained} has SHA-256 {digest}, the config says {model.sha256}.")
+    try:
+        pretrained = open_clip.create_model(model.name, pretrained=model.pretrained)
+    except RuntimeError as error:
+        raise ValueError(f"clip.model: {str(error).splitlines()[0]}") from None
+    width = pretrained.text_projection.shape[-1] if hasattr(pretrained, "text_projection") else model.embedding_width
+    if width != model.embedding_width:
+        raise ValueError(f"{model.name} has embeddings of {width}, clip.model.embedding_width says otherwise.")
+    return Clip(pretrained, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name))
+
+
+def cascade(
+    config: Config, device: str = "cpu", dtype: torch.dtype = torch.float32, on_step: OnStep | None = None
+) -> MakeAVideo:
+    """The five trained networks of a size, ready to make films."""
+
+    def stage(name: str, size: int = 0) -> Stage:
+        net = network(config, name)
+        net.load_state_dict(weights(config, name))
+        return Stage(net, diffusion(config, name), size)
+
+    low = "sr_low_video" if config.sr_low.finetune_on_video else "sr_low"
+    high = "sr_high_video" if config.sr_high.finetune_on_video else "sr_high"
+    return MakeAVideo(
+        load_clip(config),
+        prior=stage("prior"),
+        decoder=stage("decoder_video", config.decoder.size),
+        interpolation=stage("interpolation", config.decoder.size),
+        sr_low=stage(low, config.sr_low.size),
+        sr_high=stage(high, config.sr_high.size),
+        config=config.cascade,
+        device=device,
+        dtype=dtype,
+        on_step=on_step,
+    )
+
+
+def precision(name: str) -> str:
+    """Lightning's precision for `auto`: bf16-mixed where bf16 is fast, else 32-true."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def device() -> str:
+    """The first accelerator, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def summary(config: Config, stage: str) -> dict[str, Any] | None:
+    """What a finished stage left of itself (`summary.json`), None if it has not finished."""
+    path = run_folder(config, stage) / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def finished(config: Config, stage: str) -> bool:
+    """Has the stage trained as many steps as the config asks for?"""
+    result = summary(config, stage)
+    steps = section(config, stage).trainer.max_steps
+    return (
+        result is not None
+        and result["steps"] >= steps
+        and (run_folder(config, stage) / "weights.safetensors").is_file()
+    )

@@ -1,0 +1,247 @@
+"""The schema of an experiment, and how a page of configs becomes one.
+
+    config = schema <- the page it extends <- experiments/<size>.yaml <- command line
+
+One page is one size of the whole cascade, a section for each stage, so that what must agree between stages is
+seen in one place.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from datamodules.clips import Curriculum
+from lightning_modules.optim import OptimConfig
+from models.cascade import CascadeConfig
+from models.clip import ClipConfig
+from models.diffusion import DiffusionConfig
+from models.prior import PriorConfig
+from models.unet import UNetConfig
+
+PAGES = Path(__file__).parent
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what a stage trains."""
+
+    max_steps: int = 100_000
+    batch_size: int = 32  # samples of one rank
+    accumulate: int = 1  # batches per step
+    precision: str = "auto"  # auto = bf16-mixed where the hardware has bf16, else 32-true; or Lightning's names
+    accelerator: str = "auto"
+    devices: str = "auto"
+    strategy: str = "auto"
+    workers: int = 2  # processes that read data
+    clip_gradients: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.9999
+    compile: bool = False  # torch.compile the network, in place
+    log_every: int = 50  # steps
+    sample_every: int = 5_000  # steps between pictures
+    checkpoint_every: int = 5_000  # steps between checkpoints
+    preview: int = 8  # samples in a picture
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class ClipStage(StageConfig):
+    """CLIP: frozen and pretrained in real runs; where `model.name` is empty, one of our own is trained first."""
+
+    model: ClipConfig = field(default_factory=ClipConfig)
+
+
+@dataclass
+class PriorStage(StageConfig):
+    """P, on images and captions."""
+
+    model: PriorConfig = field(default_factory=PriorConfig)
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x0"))
+    drop: float = 0.1  # share of samples without text
+
+
+@dataclass
+class DecoderStage(StageConfig):
+    """D, on images."""
+
+    size: int = 64  # side in pixels
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    drop: float = 0.1  # share of samples without embedding
+
+
+@dataclass
+class VideoStage(StageConfig):
+    """A stage on clips; its network is that of the image stage it starts from, with time."""
+
+    frames: int = 16
+    curriculum: Curriculum = field(default_factory=lambda: Curriculum(steps=100_000))  # of frame rates
+    freeze_spatial: bool = False  # train the temporal layers alone (the paper says both)
+
+
+@dataclass
+class DecoderVideoStage(VideoStage):
+    """D^t, from D, and upF, from D^t."""
+
+    clip_frame: str = "first"  # whose CLIP embedding conditions a clip: first | middle | random | mean
+    drop: float = 0.1
+
+
+@dataclass
+class SuperResolutionStage(StageConfig):
+    """SR_l and SR_h, on images."""
+
+    size: int = 256  # side in pixels of what it makes
+    factor: int = 4  # size / side of what it takes
+    crop: int = 64  # side of the training crops (unCLIP: a quarter)
+    unet: UNetConfig = field(default_factory=lambda: UNetConfig(low_res=True, attention=[]))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    blur: float = 0.6  # deviation of the Gaussian blur of the small image
+    max_noise_level: int = 250  # the small image is noised to a random diffusion time below this
+    finetune_on_video: bool = True  # does the stage go on with video? (SR_h: sources disagree; default on)
+
+
+@dataclass
+class DataConfig:
+    """Where the data are. Stills with captions and clips without are separate sets."""
+
+    shards: list[str] = field(default_factory=list)  # tar shards of img2dataset; {00000..00009}.tar is a range
+    clips: str = ""  # folder with WebVid's CSV and mp4 files
+
+
+@dataclass
+class EvaluateConfig:
+    """Of `make eval-fvd` and `make eval-clipsim`."""
+
+    samples: int = 32  # generated clips, and real ones
+    batch_size: int = 8
+    output: str = "decoded"  # which clips: decoded | interpolated | low | high
+    prompt: str = "{}"  # how a clip's name in the CSV becomes a prompt; names are for evaluation alone
+    i3d: str = ""  # path of the I3D weights; empty = a random network, and the number is called fvd_random
+    i3d_sha256: str = ""
+
+
+@dataclass
+class Config:
+    """One size of the whole cascade."""
+
+    extends: str = ""  # another page, whose values these override
+    size: str = ""  # the page's name; set by `load`
+    seed: int = 0
+    runs: str = "runs"  # run folders are <runs>/<size>/<stage>
+    data: DataConfig = field(default_factory=DataConfig)
+    clip: ClipStage = field(default_factory=ClipStage)
+    prior: PriorStage = field(default_factory=PriorStage)
+    decoder: DecoderStage = field(default_factory=DecoderStage)
+    sr_low: SuperResolutionStage = field(default_factory=SuperResolutionStage)
+    sr_high: SuperResolutionStage = field(default_factory=SuperResolutionStage)
+    decoder_video: DecoderVideoStage = field(default_factory=DecoderVideoStage)
+    sr_low_video: VideoStage = field(default_factory=VideoStage)
+    sr_high_video: VideoStage = field(default_factory=VideoStage)
+    interpolation: DecoderVideoStage = field(default_factory=DecoderVideoStage)
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def sizes() -> list[str]:
+    """Names of the shipped pages."""
+    return sorted(path.stem for path in PAGES.glob("*.yaml"))
+
+
+def load(size: str, overrides: list[str] | None = None, section: str = "") -> Config:
+    """Read a page of configs.
+
+    Args:
+        size: name of a shipped page, or path of a YAML file.
+        overrides: `key=value`; a key is looked up in `section` first, then at the top.
+        section: the stage whose keys need no prefix.
+
+    Raises:
+        ValueError: a key that is not in the schema (names the nearest that is), a value of the wrong type.
+        FileNotFoundError: no such page.
+    """
+    schema = OmegaConf.structured(Config)
+    merged = OmegaConf.merge(schema, *pages(size, schema))
+    assert isinstance(merged, DictConfig)
+    merged.size = Path(size).stem
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ValueError(f"'{override}' is not of the form key=value, as in trainer.max_steps=100.")
+        prefixed = bool(section) and key.split(".")[0] in merged[section]
+        full = f"{section}.{override}" if prefixed else override
+        try:
+            change = OmegaConf.from_dotlist([full])
+        except Exception as error:
+            raise ValueError(f"'{override}' cannot be read as key=value: {error}") from None
+        check_keys(change, schema, "the command line", [section] if section else [])
+        merged = merge(merged, change, "the command line")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config '{size}': {first_line(error)}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def pages(size: str, schema: DictConfig) -> list[DictConfig]:
+    """The YAML files of a size, those it extends first."""
+    path = Path(size) if size.endswith(".yaml") else PAGES / f"{size}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no page of configs '{size}': SIZE is one of {', '.join(sizes())}.")
+    page = OmegaConf.load(path)
+    if not isinstance(page, DictConfig):
+        raise ValueError(f"{path}: a page of configs is a mapping of sections.")
+    check_keys(page, schema, path.name, [])
+    merge(schema, page, path.name)  # wrong types are found here, where the file is known
+    base = page.get("extends")
+    return [*pages(base, schema), page] if base else [page]
+
+
+def merge(base: DictConfig, change: Any, where: str) -> DictConfig:
+    """Merge with an error for people."""
+    try:
+        merged = OmegaConf.merge(base, change)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {getattr(error, 'full_key', '')}: {first_line(error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def check_keys(page: Any, schema: Any, where: str, sections: list[str], path: str = "") -> None:
+    """Raise ValueError for a key that the schema lacks, naming the nearest right one."""
+    if not isinstance(page, DictConfig) or not isinstance(schema, DictConfig):
+        return
+    for key in map(str, page):
+        name = f"{path}{key}"
+        if key in schema:
+            if not OmegaConf.is_interpolation(page, key):
+                check_keys(page[key], schema[key], where, sections, f"{name}.")
+            continue
+        known = [str(k) for k in schema]
+        for section in sections if not path else []:
+            known += [str(k) for k in OmegaConf.structured(Config)[section]]
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{path}{near[0]}'?" if near else f"there are: {', '.join(known)}."
+        raise ValueError(f"{where}: there is no key '{name}'; {hint}")
+
+
+def first_line(error: Exception) -> str:
+    """An OmegaConf error without its trailing lines of context."""
+    return str(error).splitlines()[0]
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
