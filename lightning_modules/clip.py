@@ -31,7 +31,7 @@ class ClipModule(L.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():  # CLIP, section 2.5: the scale of the logits stays below 100
             self.net.logit_scale.clamp_(max=4.6052)  # type: ignore[operator, union-attr]
 

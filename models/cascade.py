@@ -219,11 +219,12 @@ class MakeAVideo:
         def counted(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             nonlocal calls
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                result = step(z, t)
+                x0, fraction = step(z, t)
             calls += 1
             if self.on_step is not None:
                 self.on_step(name, calls, config.steps * parts)
-            return result
+            # again after guidance, which may leave the range of pixels
+            return (x0.clamp(-1, 1) if stage.size else x0), fraction
 
         return SAMPLERS[config.sampler](counted, draw(), times, draw)
 

@@ -96,7 +96,7 @@ class Diffusion:
         return simple + self.config.vlb_weight * self.config.steps * bound
 
     def weight(self, t: Tensor) -> Tensor:
-        """min-SNR-gamma weights `(b,)` (arXiv 2303.09556), 1 if off. At SNR 0 the v weight is floored at 0.01."""
+        """min-SNR-gamma weights `(b,)` (arXiv 2303.09556), 1 if off; the v weight at SNR 0 is 0.01, not 0."""
         gamma = self.config.min_snr_gamma
         if gamma == 0:
             return torch.ones(len(t), device=t.device)
@@ -104,7 +104,8 @@ class Diffusion:
         snr = abar / (1 - abar).clamp(min=1e-12)
         clipped = snr.clamp(max=gamma)
         divisor = {"eps": snr.clamp(min=1e-12), "v": snr + 1, "x0": torch.ones_like(snr)}[self.config.prediction]
-        return (clipped / divisor).clamp(min=0.01).float()
+        weight = clipped / divisor
+        return torch.where(snr < 1, weight.clamp(min=0.01), weight).float()
 
     def bound(self, mean_x0: Tensor, fraction: Tensor, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The term L_t of the variational bound, in bits per dimension `(b,)` (arXiv 2102.09672, section 2)."""
@@ -156,7 +157,8 @@ def posterior(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q(z_s | z_t, x0) for s < t: mean, variance betatilde, and beta, the variance of q(z_t | z_s)."""
     ratio = alpha_t / alpha_s
-    beta = (1 - ratio.square()).clamp(min=1e-20)
+    # 1 - ratio^2, which would cancel in float32 at small t
+    beta = (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=1e-20)
     mean = (alpha_s * beta * x0 + ratio * sigma_s.square() * z) / sigma_t.square()
     return mean, sigma_s.square() / sigma_t.square() * beta, beta
 

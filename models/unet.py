@@ -30,6 +30,7 @@ class UNetConfig:
     embedding_width: int = 0  # width of the CLIP image embedding, 0 = not conditioned on one
     context_tokens: int = 4  # tokens made of the embedding, for attention
     low_res: bool = False  # super-resolution: takes the small clip, resized, as three more channels
+    residual: bool = False  # super-resolution that predicts x0: the output is added to the small clip (Ours)
     learned_variance: bool = True  # predicts the variance too: six output channels (arXiv 2102.09672)
     checkpoint_activations: bool = False  # recompute residual blocks in backward: less memory, more time
 
@@ -224,6 +225,8 @@ class UNet(nn.Module):
                 h = torch.cat((h, skips.pop()), dim=1)
             h = block(h, time, frames, context)
         h = self.conv_out(F.silu(self.norm_out(h)), frames)
+        if self.config.residual and low_res is not None:
+            h = torch.cat((h[:, :3] + x[:, 3:], h[:, 3:]), dim=1)
         h = rearrange(h, "(b f) c h w -> b c f h w", f=frames)
         return h.squeeze(2) if image else h
 

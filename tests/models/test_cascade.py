@@ -1,0 +1,218 @@
+"""The cascade with small random networks: what each arrow keeps, and that a sample is its seed alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from models.cascade import CascadeConfig, MakeAVideo, SamplingConfig, Stage, stream
+from models.clip import scaled
+from models.diffusion import Diffusion, DiffusionConfig
+from models.prior import Prior, PriorConfig
+from models.unet import UNet, UNetConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = UNetConfig(width=8, multiples=[1, 2], blocks=1, attention=[2], head_width=8, embedding_width=16)
+UPSAMPLER = replace(SHAPE, embedding_width=0, low_res=True, attention=[])
+CONFIG = CascadeConfig(
+    prior=SamplingConfig("ddpm", 3, 2.0),
+    decoder=SamplingConfig("ddpm", 2, 2.0),
+    interpolation=SamplingConfig("ddpm", 2),
+    sr_low=SamplingConfig("ddim", 2, noise_level=200),
+    sr_high=SamplingConfig("ddpm", 2, noise_level=200),
+)
+PROMPTS, SEEDS = ["a red fox", "two blue cars"], [7, 11]
+
+
+def calm(net: nn.Module, randomise) -> nn.Module:
+    """Random everywhere, but with outputs that seldom leave [-1, 1], where clipping would hide differences."""
+    randomise(net)
+    with torch.no_grad():
+        net.conv_out.spatial.weight.mul_(0.2)
+    return net
+
+
+@pytest.fixture
+def cascade(clip, randomise):
+    process = Diffusion(DiffusionConfig(prediction="x0"))
+    shape = PriorConfig(width=16, depth=1, head_width=16, embedding_width=16, context_length=12)
+    return MakeAVideo(
+        clip,
+        prior=Stage(randomise(Prior(shape)), process),
+        decoder=Stage(calm(UNet(SHAPE, temporal=True), randomise), process, 8),
+        interpolation=Stage(calm(UNet(SHAPE, temporal=True, masked=True), randomise), process, 8),
+        sr_low=Stage(calm(UNet(UPSAMPLER, temporal=True), randomise), process, 12),
+        sr_high=Stage(calm(UNet(UPSAMPLER), randomise), process, 16),
+        config=replace(CONFIG),
+    )
+
+
+@pytest.fixture
+def keyframes():
+    return torch.rand(2, 3, 16, 8, 8) * 1.6 - 0.8
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_film(cascade):
+    calls = []
+    cascade.on_step = lambda *call: calls.append(call)
+    film = cascade.text_to_video(PROMPTS, SEEDS)
+    assert film.embedding.shape == (2, 16) and film.fps == 30.0
+    assert film.decoded.shape == (2, 3, 16, 8, 8) and film.interpolated.shape == (2, 3, 76, 8, 8)
+    assert film.low.shape == (2, 3, 76, 12, 12) and film.high.shape == (2, 3, 76, 16, 16)
+    for clip in (film.decoded, film.interpolated, film.low, film.high):
+        assert (clip.abs() < 1).float().mean() > 0.5  # what follows is not about clipped pictures
+        assert (clip[0] - clip[1]).std() > 0.01 and clip.diff(dim=2).std() > 0.01
+    assert torch.equal(film.interpolated[:, :, ::5], film.decoded)
+    for name, n in (("prior", 3), ("decoder", 2), ("interpolation", 2), ("sr_low", 2), ("sr_high", 20)):
+        assert [call for call in calls if call[0] == name] == [(name, i + 1, n) for i in range(n)]
+
+
+def test_a_sample_does_not_depend_on_its_batch(cascade):
+    both, alone = cascade.text_to_video(PROMPTS, SEEDS), cascade.text_to_video(PROMPTS[1:], SEEDS[1:])
+    for name in ("embedding", "decoded", "interpolated", "low", "high"):
+        close(getattr(both, name)[1:], getattr(alone, name))
+    other = cascade.text_to_video(PROMPTS[1:], [12])
+    assert not torch.allclose(other.decoded, alone.decoded, atol=0.1)
+
+
+@pytest.mark.parametrize("window", [16, 0, 7])
+def test_given_frames_come_back(cascade, keyframes, window):
+    cascade.config.window = window
+    dense = cascade.interpolate(keyframes, torch.randn(2, 16), 6.0, SEEDS)
+    assert dense.shape == (2, 3, 76, 8, 8) and torch.equal(dense[:, :, ::5], keyframes)
+    assert (dense[:, :, 1::5] - keyframes[:, :, :-1]).abs().mean() > 0.05
+
+
+def test_a_window_sees_its_own_keyframes_alone(cascade, keyframes):
+    embedding, batches = torch.randn(2, 16), []
+    cascade.interpolation.net.register_forward_pre_hook(
+        lambda net, args, kwargs: batches.append((args[0].shape, kwargs["fps"], kwargs["given"])), with_kwargs=True
+    )
+    windowed = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
+    moved = keyframes.clone()
+    moved[:, :, -1] += 0.2
+    again = cascade.interpolate(moved, embedding, 6.0, SEEDS)
+    assert torch.equal(again[:, :, :61], windowed[:, :, :61])
+    difference = (again - windowed).abs().amax(dim=(0, 1, 3, 4))
+    assert all(difference[i] > 1e-6 for i in range(61, 75) if i % 5)
+    shape, fps, given = batches[0]
+    assert shape == (10, 3, 16, 8, 8) and fps.eq(30.0).all()
+    assert torch.equal(given[:, 3, :, 0, 0], torch.tensor([1.0, 0, 0, 0, 0] * 3 + [1.0]).expand(10, -1))
+    assert not given[:, :3][given[:, 3:].expand(-1, 3, -1, -1, -1) == 0].any()
+    cascade.config.window = 0
+    whole = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
+    assert batches[-1][0] == (2, 3, 76, 8, 8) and not torch.allclose(whole, windowed, atol=0.01)
+
+
+def test_a_windowed_sample_does_not_depend_on_its_batch(cascade, keyframes):
+    embedding = torch.randn(2, 16)
+    both = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
+    close(both[1:], cascade.interpolate(keyframes[1:], embedding[1:], 6.0, SEEDS[1:]))
+
+
+def test_sr_high_in_chunks(cascade, keyframes):
+    whole = cascade.upsample_high(keyframes[:, :, :7], SEEDS)
+    for chunk in (1, 3):
+        cascade.config.chunk = chunk
+        close(cascade.upsample_high(keyframes[:, :, :7], SEEDS), whole)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_equal_frames_stay_equal_in_sr_high(cascade, keyframes, sampler):
+    cascade.config.chunk, cascade.config.sr_high = 2, SamplingConfig(sampler, 3, noise_level=200)
+    still = keyframes[:, :, :1].expand(-1, -1, 5, -1, -1)
+    high = cascade.upsample_high(still, SEEDS)
+    close(high, high[:, :, :1].expand_as(high))
+    assert high.std() > 0.05 and not torch.allclose(high[0], high[1], atol=0.05)
+
+
+def test_upsampling_starts_from_the_small_clip(cascade, keyframes):
+    class Copy(nn.Module):
+        def forward(self, z, t, *, low_res, noise_level, fps):
+            assert noise_level.eq(0).all() and fps is None
+            return low_res
+
+    cascade.sr_high.net, cascade.config.sr_high = Copy(), SamplingConfig("ddim", 2)
+    high = cascade.upsample_high(keyframes, SEEDS)
+    for i in (0, 15):
+        expected = nn.functional.interpolate(keyframes[:, :, i], (16, 16), mode="bilinear", align_corners=False)
+        close(high[:, :, i], expected)
+
+
+def test_the_better_candidate_is_kept(cascade, monkeypatch):
+    text = cascade.clip.encode_text(cascade.clip.tokens(PROMPTS))
+    noise = torch.randn(2, 16) * 0.1
+    draws = torch.stack([-text[0], 3 * text[0] + noise[0], 5 * text[1] + noise[1], 9 * torch.ones(16)])
+    monkeypatch.setattr(cascade, "sample", lambda *args: draws)
+    expected = scaled(nn.functional.normalize(draws[[1, 2]], dim=-1))
+    close(cascade.embed(PROMPTS, SEEDS), expected)
+
+
+def test_candidates_are_draws_of_their_own(cascade):
+    """Of two candidates, the first is what one candidate would have been; one of both is kept."""
+    cascade.config.prior = SamplingConfig("ddim", 3)
+    cascade.config.candidates = 1
+    first = cascade.embed(PROMPTS, SEEDS)
+    cascade.config.candidates = 4
+    best = cascade.embed(PROMPTS, SEEDS)
+    text = cascade.clip.encode_text(cascade.clip.tokens(PROMPTS))
+    assert ((best * text).sum(1) >= (first * text).sum(1) - 1e-5).all()
+    assert not torch.allclose(best, first, atol=1e-3)
+
+
+def test_streams_do_not_meet():
+    names = ("prior", "decoder", "interpolation", "sr_low", "sr_high")
+    seeds = {stream(seed, name, i) for seed in range(20) for name in names for i in range(4)}
+    assert len(seeds) == 20 * 5 * 4
+
+
+def test_guidance_pushes_away_from_no_condition(cascade):
+    embedding = torch.randn(1, 16)
+    cascade.config.decoder = SamplingConfig("ddim", 1, 1.0)
+    seen = []
+    cascade.decoder.net.register_forward_pre_hook(
+        lambda net, args, kwargs: seen.append(kwargs["drop"].tolist()), with_kwargs=True
+    )
+    one = cascade.decode(embedding, 6.0, [1], frames=2)
+    assert seen == [[False]] and one.shape[2] == 2
+    cascade.config.decoder = SamplingConfig("ddim", 1, 0.0)
+    none = cascade.decode(embedding, 6.0, [1], frames=2)
+    cascade.config.decoder = SamplingConfig("ddim", 1, 3.0)
+    three = cascade.decode(embedding, 6.0, [1], frames=2)
+    close(three.clamp(-1, 1), (none + 3 * (one - none)).clamp(-1, 1))
+    assert seen[1:] == [[False], [True]] * 2
+
+
+def test_guided_clips_stay_in_range(cascade):
+    cascade.config.decoder = SamplingConfig("ddim", 2, 8.0)
+    assert cascade.decode(torch.randn(2, 16), 6.0, SEEDS).abs().max() <= 1
+
+
+def test_bfloat16(cascade):
+    exact = cascade.decode(torch.ones(1, 16), 6.0, [1])
+    cascade.dtype = torch.bfloat16
+    rough = cascade.decode(torch.ones(1, 16), 6.0, [1])
+    assert not torch.equal(rough, exact) and (rough - exact).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(cascade, prompt):
+    with pytest.raises(ValueError, match="empty"):
+        cascade.text_to_video(["a fox", prompt], SEEDS)
+
+
+def test_an_unknown_sampler_is_named(cascade):
+    cascade.config.decoder = SamplingConfig("euler", 2)
+    with pytest.raises(ValueError, match="cascade.decoder.sampler 'euler' .* ddpm, ddim, dpmpp_2m"):
+        cascade.decode(torch.zeros(1, 16), 6.0, [1])
+
+
+def test_the_networks_are_frozen(cascade):
+    for stage in (cascade.prior, cascade.decoder, cascade.interpolation, cascade.sr_low, cascade.sr_high):
+        assert not stage.net.training and not any(p.requires_grad for p in stage.net.parameters())

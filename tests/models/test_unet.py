@@ -1,0 +1,228 @@
+"""The whole U-Net, every option on: exactly the image network at init, and what moves it away from there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+
+from models.unet import UNet, UNetConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = UNetConfig(
+    width=16,
+    multiples=[1, 2],
+    blocks=1,
+    attention=[1, 2],
+    head_width=8,
+    dropout=0.3,
+    embedding_width=12,
+    context_tokens=2,
+    low_res=True,
+    learned_variance=True,
+)
+B, FRAMES, SIDE = 2, 3, 8
+
+
+@pytest.fixture
+def net(randomise):
+    """Temporal layers as they begin, all else as if trained."""
+    net = UNet(CONFIG, temporal=True, masked=True)
+    return randomise(net, but=net.temporal_keys()).eval()
+
+
+@pytest.fixture
+def inputs():
+    return dict(
+        x=torch.randn(B, 3, FRAMES, SIDE, SIDE),
+        t=torch.tensor([3, 700]),
+        embedding=torch.randn(B, 12),
+        drop=torch.tensor([False, True]),
+        fps=torch.tensor([4.0, 23.976]),
+        low_res=torch.randn(B, 3, FRAMES, SIDE, SIDE),
+        noise_level=torch.tensor([0, 120]),
+        given=torch.randn(B, 4, FRAMES, SIDE, SIDE),
+    )
+
+
+def folded(inputs):
+    """Each frame a sample of its own."""
+    return {
+        k: rearrange(v, "b c f h w -> (b f) c 1 h w") if v.ndim == 5 else v.repeat_interleave(FRAMES, 0)
+        for k, v in inputs.items()
+    }
+
+
+def cast(inputs, dtype):
+    return {k: v.to(dtype) if v.is_floating_point() and k != "fps" else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
+@torch.no_grad()
+def test_a_clip_is_its_frames(net, inputs, how):
+    if how == "bfloat16":
+        net, inputs = net.bfloat16(), cast(inputs, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        clip, frames = net(**inputs), net(**folded(inputs))
+    assert clip.isfinite().all() and clip.float().std() > 0.1
+    assert torch.equal(clip, rearrange(frames, "(b f) c 1 h w -> b c f h w", f=FRAMES))
+
+
+@torch.no_grad()
+def test_frames_meet_once_temporal_weights_have_moved(net, inputs, randomise):
+    randomise(net)
+    other = dict(inputs, x=inputs["x"].clone())
+    other["x"][:, :, 0] += 1
+    assert ((net(**inputs) - net(**other)).abs().amax(dim=(0, 1, 3, 4)) > 1e-3).all()
+
+
+@torch.no_grad()
+def test_an_image_is_a_clip_of_one_frame_and_sees_no_temporal_weight(net, inputs, randomise):
+    image = UNet(CONFIG).eval()
+    image.load_state_dict({k: v for k, v in net.state_dict().items() if k not in net.temporal_keys()})
+    randomise(net, but=set(net.state_dict()) - net.temporal_keys())
+    del inputs["given"]
+    still = {k: v[:, :, :1] if v.ndim == 5 else v for k, v in inputs.items()}
+    flat = {k: v.squeeze(2) if v.ndim == 5 else v for k, v in still.items()}
+    expected = image(**flat)
+    assert expected.shape == (B, 6, SIDE, SIDE)
+    assert torch.equal(net(**flat), expected)
+    assert torch.equal(net(**still).squeeze(2), expected)
+
+
+@pytest.mark.parametrize("condition", ["fps", "given"])
+@torch.no_grad()
+def test_conditions_of_video_do_nothing_at_first(net, inputs, randomise, condition):
+    changed = {**inputs, condition: inputs[condition] + 5}
+    without = {k: v for k, v in inputs.items() if k != condition}
+    assert torch.equal(net(**inputs), net(**changed)) and torch.equal(net(**inputs), net(**without))
+    randomise(net)
+    assert not torch.allclose(net(**inputs), net(**changed), atol=1e-3)
+
+
+@pytest.mark.parametrize("condition", ["t", "embedding", "low_res", "noise_level"])
+@torch.no_grad()
+def test_every_other_condition_is_heard(net, inputs, condition):
+    changed = {**inputs, condition: inputs[condition] + 5}
+    assert (net(**inputs) - net(**changed))[0].abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_drop_replaces_the_embedding(net, inputs):
+    other = dict(inputs, embedding=torch.randn(B, 12))
+    a, b = net(**inputs), net(**other)
+    assert not torch.allclose(a[0], b[0], atol=1e-3) and torch.equal(a[1], b[1])
+    everywhere = torch.ones(B, dtype=torch.bool)
+    assert torch.equal(net(**{**inputs, "drop": everywhere}), net(**{**other, "drop": everywhere}))
+    none = net.no_embedding.expand(B, -1)
+    assert torch.equal(net(**{**inputs, "drop": everywhere}), net(**{**inputs, "embedding": none, "drop": None}))
+
+
+def test_an_image_checkpoint_loads_into_the_video_network(randomise):
+    image = randomise(UNet(CONFIG))
+    video, masked = UNet(CONFIG, temporal=True), UNet(CONFIG, temporal=True, masked=True)
+    missing = set(video.state_dict()) - set(image.state_dict())
+    assert missing == video.temporal_keys() and not set(image.state_dict()) - set(video.state_dict())
+    parts = {"fps.", "conv_in.temporal.", "middle.0.attention.temporal.to_q.", "conv_out.temporal."}
+    assert all(any(k.startswith(part) for k in missing) for part in parts)
+    before = {k: v.clone() for k, v in video.state_dict().items()}
+    video.load_image_weights(image.state_dict())
+    for key, value in video.state_dict().items():
+        assert torch.equal(value, before[key] if key in missing else image.state_dict()[key]), key
+    randomise(video)
+    assert set(masked.state_dict()) - set(video.state_dict()) == {"conv_given.weight"}
+    masked.load_image_weights(video.state_dict())
+    for key, value in video.state_dict().items():
+        assert torch.equal(masked.state_dict()[key], value), key
+    assert not masked.conv_given.weight.any()
+
+
+def test_an_image_network_has_no_temporal_keys():
+    assert UNet(CONFIG).temporal_keys() == set()
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_a_checkpoint_of_another_network_is_named(damage):
+    state, video = UNet(CONFIG).state_dict(), UNet(CONFIG, temporal=True)
+    before = {k: v.clone() for k, v in video.state_dict().items()}
+    key = {"missing": "middle.0.res.conv_in.spatial.weight", "unexpected": "foreign.weight", "shape": "time.0.bias"}
+    if damage == "missing":
+        del state[key[damage]]
+    else:
+        state[key[damage]] = torch.zeros(7)
+    with pytest.raises(ValueError, match=key[damage]):
+        video.load_image_weights(state)
+    assert all(torch.equal(v, before[k]) for k, v in video.state_dict().items())
+
+
+def test_a_smaller_network_is_refused():
+    small = UNet(replace(CONFIG, width=8))
+    with pytest.raises(ValueError, match="conv_in.spatial"):
+        UNet(CONFIG, temporal=True).load_image_weights({k: v for k, v in small.state_dict().items() if "conv_in" in k})
+
+
+def test_gradients_at_step_one(net, inputs):
+    net(**inputs).square().sum().backward()
+    zero, moved = set(), set()
+    for key, p in net.named_parameters():
+        assert p.grad is not None, key
+        (moved if p.grad.any() else zero).add(key)
+    temporal = net.temporal_keys()
+    silent = {k for k in temporal if ".attention.temporal." in k and ".to_out." not in k}
+    assert {k.split(".")[-2] for k in silent} == {"norm", "to_q", "to_k", "to_v"}
+    silent |= {"fps.0.weight", "fps.0.bias"}
+    assert zero & temporal == silent
+    assert {k for k in temporal - silent if "to_out" in k or "conv" in k} <= moved
+    assert {"fps.2.weight", "fps.2.bias", "conv_given.weight"} <= moved
+
+
+def test_recomputed_activations_change_nothing(net, inputs):
+    net.train()
+    results = []
+    for recompute in (False, True):
+        for module in net.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = recompute
+        net.zero_grad()
+        torch.manual_seed(5)  # dropout is the same in the second forward pass of a block
+        output = net(**inputs)
+        output.square().sum().backward()
+        results.append((output.detach(), [p.grad.clone() for p in net.parameters()]))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoint_activations_recomputes(inputs, monkeypatch):
+    calls = []
+    monkeypatch.setattr("models.unet.checkpoint", lambda f, *a, **k: calls.append(1) or f(*a))
+    for on in (False, True):
+        net = UNet(replace(CONFIG, checkpoint_activations=on), temporal=True)
+        net(**inputs)
+        assert len(calls) == on * (len(net.down) + len(net.middle) + len(net.up))
+
+
+@torch.no_grad()
+def test_any_number_of_frames(net, inputs, randomise):
+    randomise(net)
+    long = {k: torch.cat((v, v, v), 2) if v.ndim == 5 else v for k, v in inputs.items()}
+    assert net(**long).shape == (B, 6, 3 * FRAMES, SIDE, SIDE)
+
+
+def test_wrong_input_is_refused(net, inputs):
+    for shape in ((1, 3, 2, 9, 8), (1, 3, 8, 9)):
+        with pytest.raises(ValueError, match="divisible by 2"):
+            net(torch.zeros(shape), torch.zeros(1))
+    with pytest.raises(ValueError, match="embedding"):
+        net(inputs["x"], inputs["t"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_residual_upsampler_begins_as_the_small_clip(inputs, frames):
+    """unet.residual: the network of step 0 is the plain resize of what it is given, whatever the noise."""
+    fresh = UNet(replace(CONFIG, residual=True, learned_variance=False, embedding_width=0), temporal=True)
+    x, low = torch.randn(2, 3, frames, 8, 8), torch.randn(2, 3, frames, 8, 8)
+    out = fresh(x, torch.tensor([3, 900]), low_res=low, noise_level=torch.tensor([0, 40]))
+    assert torch.equal(out, low)
