@@ -83,6 +83,8 @@ def network(config: Config, stage: str) -> nn.Module:
         shape = replace(config.decoder.unet, embedding_width=config.clip.model.embedding_width)
         return UNet(shape, temporal=stage != "decoder", masked=stage == "interpolation")
     shape = replace(super_resolution(config, stage).unet, low_res=True)
+    if shape.residual and diffusion(config, stage).config.prediction != "x0":
+        raise ValueError(f"{stage}: unet.residual needs diffusion.prediction=x0, as it adds to the small picture.")
     return UNet(shape, temporal=stage == "sr_low_video")
 
 

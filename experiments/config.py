@@ -184,7 +184,7 @@ def load(size: str, overrides: list[str] | None = None, section: str = "") -> Co
             change = OmegaConf.from_dotlist([full])
         except Exception as error:
             raise ValueError(f"'{override}' cannot be read as key=value: {error}") from None
-        check_keys(change, schema, "the command line", [section] if section else [])
+        check_keys(change, schema, "the command line", short_names(schema[section], f"{section}.") if section else {})
         merged = merge(merged, change, "the command line")
     try:
         config = OmegaConf.to_object(merged)
@@ -202,7 +202,7 @@ def pages(size: str, schema: DictConfig) -> list[DictConfig]:
     page = OmegaConf.load(path)
     if not isinstance(page, DictConfig):
         raise ValueError(f"{path}: a page of configs is a mapping of sections.")
-    check_keys(page, schema, path.name, [])
+    check_keys(page, schema, path.name, {})
     merge(schema, page, path.name)  # wrong types are found here, where the file is known
     base = page.get("extends")
     return [*pages(base, schema), page] if base else [page]
@@ -218,22 +218,35 @@ def merge(base: DictConfig, change: Any, where: str) -> DictConfig:
     return merged
 
 
-def check_keys(page: Any, schema: Any, where: str, sections: list[str], path: str = "") -> None:
-    """Raise ValueError for a key that the schema lacks, naming the nearest right one."""
+def check_keys(page: Any, schema: Any, where: str, hints: dict[str, str], path: str = "") -> None:
+    """Raise ValueError for a key that the schema lacks, naming the nearest right one.
+
+    `hints` maps further short names that a person may have meant to the whole keys they stand for.
+    """
     if not isinstance(page, DictConfig) or not isinstance(schema, DictConfig):
         return
     for key in map(str, page):
         name = f"{path}{key}"
         if key in schema:
             if not OmegaConf.is_interpolation(page, key):
-                check_keys(page[key], schema[key], where, sections, f"{name}.")
+                check_keys(page[key], schema[key], where, hints, f"{name}.")
             continue
-        known = [str(k) for k in schema]
-        for section in sections if not path else []:
-            known += [str(k) for k in OmegaConf.structured(Config)[section]]
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{path}{near[0]}'?" if near else f"there are: {', '.join(known)}."
+        meant = {str(known): f"{path}{known}" for known in schema}
+        near = difflib.get_close_matches(key, meant, n=1, cutoff=0.6)
+        if not near:
+            meant = {**hints, **meant}
+            near = difflib.get_close_matches(key, meant, n=1, cutoff=0.6)
+        hint = f"did you mean '{meant[near[0]]}'?" if near else f"there are: {', '.join(map(str, schema))}."
         raise ValueError(f"{where}: there is no key '{name}'; {hint}")
+
+
+def short_names(schema: DictConfig, prefix: str) -> dict[str, str]:
+    """The last part of every key below a section -> the whole key; the shallower wins."""
+    found: dict[str, str] = {}
+    for key in map(str, schema):
+        if isinstance(schema[key], DictConfig):
+            found = {**short_names(schema[key], f"{prefix}{key}."), **found}
+    return {**found, **{str(key): f"{prefix}{key}" for key in schema}}
 
 
 def first_line(error: Exception) -> str:

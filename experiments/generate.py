@@ -37,7 +37,7 @@ def make_cascade(config: Config) -> MakeAVideo:
             bar.close()
 
     device = build.device()
-    mixed = build.precision("auto") == "bf16-mixed"
+    mixed = build.precision(config.decoder.trainer.precision).startswith("bf16")
     return build.cascade(config, device, torch.bfloat16 if mixed else torch.float32, on_step)
 
 

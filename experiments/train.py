@@ -208,6 +208,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*mid-epoch.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*")
 
 
 @for_people

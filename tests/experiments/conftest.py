@@ -1,0 +1,59 @@
+"""The whole cascade in a minute: the tiny page made smaller still, trained once for all tests here."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.config import Config, load
+from experiments.demo import train_all
+
+MICRO = """
+extends: tiny
+runs: {runs}
+clip:
+  model:
+    {{embedding_width: 16, image_size: 16, patch_size: 8, vision_width: 32, vision_layers: 1, text_width: 32,
+      text_layers: 1, head_width: 16}}
+  trainer: &t
+    {{max_steps: 4, batch_size: 2, workers: 0, log_every: 1, sample_every: 100, checkpoint_every: 2, preview: 1,
+      precision: 32-true}}
+prior: {{model: {{width: 32, depth: 1, head_width: 16}}, trainer: *t}}
+decoder:
+  size: 16
+  unet: {{width: 16, multiples: [1, 2], attention: [2], head_width: 16, dropout: 0.1, learned_variance: true}}
+  trainer: *t
+sr_low: {{size: 32, crop: 16, unet: {{width: 16, multiples: [1, 2]}}, trainer: *t}}
+sr_high: {{size: 64, crop: 16, unet: {{width: 16, multiples: [1, 2]}}, trainer: *t}}
+decoder_video: {{frames: 6, trainer: *t}}
+sr_low_video: {{frames: 4, trainer: *t}}
+sr_high_video: {{frames: 2, trainer: *t}}
+interpolation: {{frames: 6, trainer: *t}}
+cascade:
+  prior: {{steps: 2}}
+  decoder: {{steps: 2}}
+  interpolation: {{steps: 2}}
+  sr_low: {{steps: 2}}
+  sr_high: {{steps: 2}}
+evaluate: {{samples: 3, batch_size: 2}}
+"""
+
+
+def micro(folder: Path) -> Config:
+    """The micro page with its run folders in `folder`."""
+    page = folder / "micro.yaml"
+    page.write_text(MICRO.format(runs=folder / "runs"))
+    return load(str(page))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A micro cascade with all its stages trained."""
+    config = micro(tmp_path_factory.mktemp("cascade"))
+    train_all(config)
+    return config
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Config:
+    """A micro cascade of which nothing is trained."""
+    return micro(tmp_path)
