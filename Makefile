@@ -7,9 +7,14 @@ ARGS ?=
 VENV ?= .venv
 PYTHON ?= python3
 
-RUN := $(VENV)/bin/python
 # The virtual environment is whole when this file is in it; it is made anew when the dependencies change.
 READY := $(VENV)/.installed
+# In the conda environment of environment.yml everything is there already.
+ifeq ($(CONDA_DEFAULT_ENV),make-a-video)
+VENV := $(CONDA_PREFIX)
+READY := pyproject.toml
+endif
+RUN := $(VENV)/bin/python
 
 export PROMPT
 
@@ -23,6 +28,7 @@ help: ## print this list
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)
 
+ifneq ($(CONDA_DEFAULT_ENV),make-a-video)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name it with PYTHON=python3.12")'
 	@if command -v uv >/dev/null; then \
@@ -32,6 +38,7 @@ $(READY): pyproject.toml constraints.txt
 		$(PYTHON) -m venv $(VENV) && $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
+endif
 
 demo: $(READY) ## train all five networks on the data in the repository, then write a film for PROMPT; goes on if interrupted
 	@$(RUN) -m experiments.demo $(SIZE) "$$PROMPT" $(ARGS)

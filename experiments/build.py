@@ -123,13 +123,14 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
         return PriorModule(net, diffusion(config, stage), clip, part.optim, part.drop)
     assert isinstance(net, UNet)
     if stage == "decoder":
-        return DecoderModule(net, diffusion(config, stage), clip, part.optim, drop=part.drop)
+        return DecoderModule(net, diffusion(config, stage), clip, part.optim, config.decoder.size, drop=part.drop)
     kind = InterpolationModule if stage == "interpolation" else DecoderModule
     return kind(
         net,
         diffusion(config, stage),
         clip,
         part.optim,
+        config.decoder.size,
         clip_frame=part.clip_frame,
         drop=part.drop,
         freeze_spatial=part.freeze_spatial,
@@ -143,9 +144,9 @@ def datamodule(config: Config, stage: str) -> ImageTextDataModule | VideoDataMod
         shape = super_resolution(config, stage)
         resolution, crop = shape.size, shape.crop if shape.crop < shape.size else None
     else:
-        resolution, crop = config.decoder.size, None
-    if stage in ("clip", "prior"):
-        resolution = config.clip.model.image_size
+        # CLIP must see the same pictures in every stage: the decoder's are made smaller after it has read them.
+        decoder = stage not in ("clip", "prior")
+        resolution, crop = max(config.clip.model.image_size, config.decoder.size if decoder else 0), None
     batch = part.trainer.batch_size
     if isinstance(part, VideoStage):
         if not config.data.clips:
@@ -172,7 +173,7 @@ def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
     """
     path = run_folder(config, stage) / "weights.safetensors"
     if not path.is_file():
-        command = f"make {STAGES[stage].command} SIZE={config.size}"
+        command = f"make {STAGES[stage].command} SIZE={config.page}"
         raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.")
     return load_file(path)
 

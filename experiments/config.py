@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -136,7 +137,8 @@ class Config:
     """One size of the whole cascade."""
 
     extends: str = ""  # another page, whose values these override
-    size: str = ""  # the page's name; set by `load`
+    size: str = ""  # the page's name, and
+    page: str = ""  # what SIZE was: the name of a shipped page or the path of another; both set by `load`
     seed: int = 0
     runs: str = "runs"  # run folders are <runs>/<size>/<stage>
     data: DataConfig = field(default_factory=DataConfig)
@@ -173,7 +175,7 @@ def load(size: str, overrides: list[str] | None = None, section: str = "") -> Co
     schema = OmegaConf.structured(Config)
     merged = OmegaConf.merge(schema, *pages(size, schema))
     assert isinstance(merged, DictConfig)
-    merged.size = Path(size).stem
+    merged.size, merged.page = Path(size).stem, size
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -199,7 +201,10 @@ def pages(size: str, schema: DictConfig) -> list[DictConfig]:
     path = Path(size) if size.endswith(".yaml") else PAGES / f"{size}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"there is no page of configs '{size}': SIZE is one of {', '.join(sizes())}.")
-    page = OmegaConf.load(path)
+    try:
+        page = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(page, DictConfig):
         raise ValueError(f"{path}: a page of configs is a mapping of sections.")
     check_keys(page, schema, path.name, {})
@@ -231,7 +236,7 @@ def check_keys(page: Any, schema: Any, where: str, hints: dict[str, str], path: 
             if not OmegaConf.is_interpolation(page, key):
                 check_keys(page[key], schema[key], where, hints, f"{name}.")
             continue
-        meant = {str(known): f"{path}{known}" for known in schema}
+        meant = {known: f"{path}{known}" for known in map(str, schema)}
         near = difflib.get_close_matches(key, meant, n=1, cutoff=0.6)
         if not near:
             meant = {**hints, **meant}
@@ -246,7 +251,7 @@ def short_names(schema: DictConfig, prefix: str) -> dict[str, str]:
     for key in map(str, schema):
         if isinstance(schema[key], DictConfig):
             found = {**short_names(schema[key], f"{prefix}{key}."), **found}
-    return {**found, **{str(key): f"{prefix}{key}" for key in schema}}
+    return {**found, **{key: f"{prefix}{key}" for key in map(str, schema)}}
 
 
 def first_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ def table(config: Config) -> str:
         total += result["seconds"]
         lines.append(
             f"{build.STAGES[stage].title:<14}{result['parameters'] / 1e6:>10.2f} M{result['steps']:>8}"
-            f"{result['seconds']:>9.0f}{result.get('first_loss', 0):>12.3f}{result.get('last_loss', 0):>11.3f}"
+            f"{result['seconds']:>9.0f}{result['first_loss']:>12.4f}{result['last_loss']:>11.4f}"
         )
     return "\n".join([*lines, f"{'in all':<34}{total:>9.0f}"])
 

@@ -53,6 +53,7 @@ def clips_of(config: Config, maker: MakeAVideo, texts: list[str], seeds: list[in
         clip = maker.upsample_low(clip, fps * config.cascade.skip, seeds)
     if output == "high":
         clip = maker.upsample_high(clip, seeds)
+    clip = clip[:, :, : config.cascade.frames]  # as many frames from every stage: real clips are short
     return ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

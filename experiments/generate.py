@@ -31,8 +31,7 @@ def make_cascade(config: Config) -> MakeAVideo:
         nonlocal bar
         if calls == 1 or bar is None:
             bar = tqdm(total=total, desc=f"sampling {name}", file=sys.stderr)
-        bar.n = calls
-        bar.refresh()
+        bar.update(calls - bar.n)
         if calls == total:
             bar.close()
 

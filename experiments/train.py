@@ -16,13 +16,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from safetensors.torch import save_file
 
 from experiments import build
 from experiments.cli import for_people
 from experiments.config import Config, load, save
-from lightning_modules.callbacks import EMA, Samples, SkippedData, StepSeed
+from lightning_modules.callbacks import EMA, Probe, Samples, SkippedData, StepSeed
+from lightning_modules.csv_logger import MetricsCSV
 
 
 def train(config: Config, stage: str) -> dict[str, Any]:
@@ -48,9 +49,12 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     data = build.datamodule(config, stage)
     preview = data.preview(part.trainer.preview)
 
+    last = run / "checkpoints" / "last.ckpt"
+    done = steps_done(last, module, part.trainer.max_steps) if last.exists() else 0
     save(config, run / "config.yaml")
     (run / "summary.json").unlink(missing_ok=True)
     ema = EMA(part.trainer.ema_decay)
+    probe = Probe(preview, ema, config.seed)
     progress = Progress(recipe.title)
     trainer = L.Trainer(
         accelerator=part.trainer.accelerator,
@@ -61,7 +65,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
         gradient_clip_val=part.trainer.clip_gradients,
-        logger=loggers(config, stage, run),
+        logger=loggers(config, stage, run, done),
         log_every_n_steps=part.trainer.log_every,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data modules split the order themselves
@@ -71,6 +75,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
             ema,
             Samples(preview, run / "samples", part.trainer.sample_every, ema, config.seed),
             SkippedData(),
+            probe,
             progress,
             ModelCheckpoint(
                 run / "checkpoints",
@@ -78,15 +83,15 @@ def train(config: Config, stage: str) -> dict[str, Any]:
                 auto_insert_metric_name=False,
                 every_n_train_steps=part.trainer.checkpoint_every,
                 save_last="link",
-                save_on_exception=True,
             ),
         ],
     )
-    last = run / "checkpoints" / "last.ckpt"
     before = seconds_so_far(run)
     start = time.time()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+    except SystemExit:
+        raise KeyboardInterrupt from None  # what Lightning makes of Ctrl-C
     finally:
         if trainer.is_global_zero:
             (run / "seconds.json").write_text(json.dumps(before + time.time() - start))
@@ -94,15 +99,14 @@ def train(config: Config, stage: str) -> dict[str, Any]:
             logger.finalize("success" if trainer.global_step >= trainer.max_steps else "interrupted")
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     ema.swap(net)
     result = {
         "stage": stage,
         "parameters": sum(p.numel() for p in net.parameters()),
         "steps": trainer.global_step,
         "seconds": round(seconds_so_far(run), 1),
-        **losses(run / "metrics.csv"),
+        "first_loss": probe.values[0],
+        "last_loss": probe.values[-1],
         "skipped": dict(data.skipped),
     }
     if trainer.is_global_zero:
@@ -145,7 +149,7 @@ class Progress(TQDMProgressBar):
         return {} if loss is None else {"loss": f"{float(loss):.3f}"}
 
 
-def loggers(config: Config, stage: str, run: Path) -> list[Logger]:
+def loggers(config: Config, stage: str, run: Path, first_step: int) -> list[Logger]:
     """metrics.csv in the run folder and a W&B run of the same name, offline unless a key is set; never a prompt."""
     online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -158,7 +162,7 @@ def loggers(config: Config, stage: str, run: Path) -> list[Logger]:
         save_dir=run,
         offline=not online,
     )
-    return [CSVLogger(run, name="", version="", flush_logs_every_n_steps=20), wandb]
+    return [MetricsCSV(run / "metrics.csv", first_step), wandb]
 
 
 def run_id(run: Path) -> str:
@@ -170,19 +174,23 @@ def run_id(run: Path) -> str:
     return path.read_text()
 
 
-def losses(csv_path: Path) -> dict[str, float]:
-    """Mean loss over the first and the last tenth of the logged steps."""
-    import csv
+def steps_done(checkpoint: Path, module: L.LightningModule, max_steps: int) -> int:
+    """Steps that a checkpoint has behind it.
 
-    with csv_path.open() as file:
-        values = [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
-    if not values:
-        return {}
-    tenth = max(1, len(values) // 10)
-    return {
-        "first_loss": sum(values[:tenth]) / tenth,
-        "last_loss": sum(values[-tenth:]) / tenth,
-    }
+    Raises:
+        ValueError: it is of another network, or has trained more steps than are asked for.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    run = checkpoint.parent.parent
+    shapes = {key: value.shape for key, value in state["state_dict"].items()}
+    if shapes != {key: value.shape for key, value in module.state_dict().items()}:
+        raise ValueError(f"{run} holds a run of another network; remove that folder, or write elsewhere with runs=...")
+    if state["global_step"] > max_steps:
+        raise ValueError(
+            f"{run} has trained {state['global_step']} steps, more than trainer.max_steps={max_steps}; "
+            "remove that folder to train anew, or write elsewhere with runs=..."
+        )
+    return state["global_step"]
 
 
 def seconds_so_far(run: Path) -> float:

@@ -113,6 +113,47 @@ class Samples(L.Callback):
                     logger.log_video("clips", [str(media["video"])], step=step, format=["mp4"])
 
 
+class Probe(L.Callback):
+    """The loss of a fixed batch with fixed times and noise, before the first step and after the last.
+
+    The loss of a step jumps with its times, noise and frame rates, and the curriculum makes clips harder as it
+    goes; this one measures the network alone: fresh weights, then averaged ones. Logged as `probe`.
+    """
+
+    def __init__(self, batch: dict[str, Any], ema: EMA, seed: int, draws: int = 8):
+        self.batch, self.ema, self.seed, self.draws = batch, ema, seed, draws
+        self.values: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.values:
+            self.values = [self.measure(trainer, pl_module)]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.ema.swap(pl_module.net)  # type: ignore[arg-type]
+        self.values = [self.values[0], self.measure(trainer, pl_module)]
+        self.ema.swap(pl_module.net)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+        moved = {k: v.to(pl_module.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
+        pl_module.eval()
+        total = 0.0
+        for draw in range(self.draws):
+            torch.manual_seed(self.seed + draw)
+            with trainer.precision_plugin.forward_context():
+                total += float(pl_module.loss(moved))  # type: ignore[operator]
+        pl_module.train()
+        for logger in trainer.loggers:
+            logger.log_metrics({"probe": total / self.draws}, step=trainer.global_step)
+        return total / self.draws
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = list(state["values"])
+
+
 class SkippedData(L.Callback):
     """Logs how many samples could not be read, and were replaced, so far."""
 

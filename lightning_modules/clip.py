@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.optim import OptimConfig, optimizers
-from models.clip import preprocess
+from models.clip import cut_captions, preprocess
 
 
 class ClipModule(L.LightningModule):
@@ -20,6 +20,13 @@ class ClipModule(L.LightningModule):
         self.tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=net.context_length)  # type: ignore[arg-type]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        self.log("data/captions_cut", cut_captions(self.tokenizer(batch["text"])))
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a batch, with times and noise from the global generator."""
         mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=self.device)
         std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=self.device)
         images = preprocess(batch["image"], self.net.visual.image_size[0], mean, std)  # type: ignore
@@ -27,9 +34,7 @@ class ClipModule(L.LightningModule):
         image, text, scale = self.net(images, tokens)
         world = self.trainer.world_size
         contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=self.global_rank, world_size=world)
-        loss = contrast(image.float(), text.float(), scale.float())
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return contrast(image.float(), text.float(), scale.float())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():  # CLIP, section 2.5: the scale of the logits stays below 100

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
@@ -23,6 +24,7 @@ class DecoderModule(L.LightningModule):
     A batch of images trains D, a batch of clips D^t.
 
     Args:
+        size: side in pixels of what the network makes; data are larger where CLIP reads larger pictures.
         clip_frame: whose CLIP embedding conditions a clip: first | middle | random | mean of all frames.
         drop: share of samples trained without embedding, for guidance (0.1 in unCLIP).
         guidance: of the pictures made while training.
@@ -34,6 +36,7 @@ class DecoderModule(L.LightningModule):
         diffusion: Diffusion,
         clip: Clip,
         optim: OptimConfig,
+        size: int,
         clip_frame: str = "first",
         drop: float = 0.1,
         freeze_spatial: bool = False,
@@ -42,22 +45,26 @@ class DecoderModule(L.LightningModule):
         super().__init__()
         if clip_frame not in CLIP_FRAMES:
             raise ValueError(f"clip_frame '{clip_frame}' is not one of {', '.join(CLIP_FRAMES)}.")
-        self.net, self.diffusion, self.clip, self.optim = net, diffusion, clip, optim
+        self.net, self.diffusion, self.clip, self.optim, self.size = net, diffusion, clip, optim, size
         self.clip_frame, self.drop, self.guidance = clip_frame, drop, guidance
         if freeze_spatial:
             freeze_all_but_temporal(net)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a batch, with times and noise from the global generator."""
         embedding = self.embedding(batch)
-        x0 = pixels(batch)
+        x0 = resized(pixels(batch), self.size)
         t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
         eps = torch.randn_like(x0)
         z = self.diffusion.noised(x0, t, eps)
         drop = torch.rand(len(x0), device=self.device) < self.drop
         output = self.net(z, t, embedding=embedding, drop=drop, fps=batch.get("fps"), **self.given(x0))
-        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return self.diffusion.loss(output, x0, z, t, eps).mean()
 
     def given(self, x0: Tensor) -> dict[str, Tensor]:
         """Further conditions of the network; the decoder has none."""
@@ -71,7 +78,7 @@ class DecoderModule(L.LightningModule):
         b, _, f, _, _ = video.shape
         if self.clip_frame == "mean":
             every = self.clip.encode_image(rearrange(video, "b c f h w -> (b f) c h w"))
-            return scaled(torch.nn.functional.normalize(every.view(b, f, -1).mean(1), dim=-1))
+            return scaled(F.normalize(every.view(b, f, -1).mean(1), dim=-1))
         if self.clip_frame == "random":
             chosen = torch.randint(f, (b,), device=video.device)
         else:
@@ -84,7 +91,7 @@ class DecoderModule(L.LightningModule):
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], steps: int = 25) -> dict[str, Tensor]:
         """Pictures of the embeddings of a fixed batch, beside the originals: `real` and `made`, in [-1, 1]."""
-        embedding, real = self.embedding(batch), pixels(batch)
+        embedding, real = self.embedding(batch), resized(pixels(batch), self.size)
         given = self.given(real)
         shared = dict(embedding=embedding, fps=batch.get("fps"), **given)
         drop = torch.ones(len(real), dtype=torch.bool, device=self.device)
@@ -100,6 +107,15 @@ class DecoderModule(L.LightningModule):
 def pixels(batch: dict[str, Any]) -> Tensor:
     """The pixels of a batch: uint8 to float in [-1, 1]."""
     return batch["video" if "video" in batch else "image"].float() / 127.5 - 1
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images `b c h w` or clips `b c f h w` at `size` x `size`, antialiased."""
+    if x.shape[-1] == size:
+        return x
+    rows = x if x.ndim == 4 else rearrange(x, "b c f h w -> (b f) c h w")
+    rows = F.interpolate(rows, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return rows if x.ndim == 4 else rearrange(rows, "(b f) c h w -> b c f h w", b=len(x))
 
 
 def freeze_all_but_temporal(net: UNet) -> None:

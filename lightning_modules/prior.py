@@ -5,10 +5,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_modules.optim import OptimConfig, optimizers
-from models.clip import Clip, scaled
+from models.clip import Clip, cut_captions, scaled
 from models.diffusion import Diffusion
 
 
@@ -24,6 +23,13 @@ class PriorModule(L.LightningModule):
         self.net, self.diffusion, self.clip, self.optim, self.drop = net, diffusion, clip, optim, drop
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        self.log("data/captions_cut", cut_captions(self.clip.tokens(batch["text"])))
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a batch, with times and noise from the global generator."""
         x0 = scaled(self.clip.encode_image(batch["image"]))
         tokens = self.clip.tokens(batch["text"]).to(self.device)
         text = scaled(self.clip.encode_text(tokens))
@@ -31,11 +37,7 @@ class PriorModule(L.LightningModule):
         eps = torch.randn_like(x0)
         z = self.diffusion.noised(x0, t, eps)
         output = self.net(z, t, tokens, text, drop=torch.rand(len(x0), device=self.device) < self.drop)
-        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
-        self.log("loss", loss, prog_bar=True)
-        with torch.no_grad():
-            self.log("cosine", F.cosine_similarity(output.float(), x0).mean())
-        return loss
+        return self.diffusion.loss(output, x0, z, t, eps).mean()
 
     def configure_optimizers(self) -> Any:
         return optimizers(self.net, self.optim, self.trainer.max_steps)

@@ -6,9 +6,8 @@ import lightning as L
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_modules.decoder import freeze_all_but_temporal, pixels
+from lightning_modules.decoder import freeze_all_but_temporal, pixels, resized
 from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
 from models.diffusion import Diffusion, gaussian_blur, low_res_condition
@@ -42,9 +41,15 @@ class SuperResolutionModule(L.LightningModule):
             freeze_all_but_temporal(net)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a batch, with times and noise from the global generator."""
         x0, fps = self.target(batch)
         half = torch.rand(len(x0), device=self.device) < 0.5  # half are blurred, as real inputs are not always soft
-        small = downsample(x0, self.factor)
+        small = resized(x0, x0.shape[-1] // self.factor)
         blurred = per_frame(small, lambda rows: gaussian_blur(rows, self.blur))
         small = torch.where(half.view(-1, 1, 1, 1, 1), blurred, small)
         level = torch.randint(max(1, self.max_noise_level), (len(x0),), device=self.device)
@@ -53,9 +58,7 @@ class SuperResolutionModule(L.LightningModule):
         eps = torch.randn_like(x0)
         z = self.diffusion.noised(x0, t, eps)
         output = self.net(z, t, low_res=low, noise_level=level, fps=fps)
-        loss = self.diffusion.loss(output, x0, z, t, eps).mean()
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return self.diffusion.loss(output, x0, z, t, eps).mean()
 
     def target(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The large clips `b 3 f h w` and their fps; a network without time sees frames as images."""
@@ -75,18 +78,12 @@ class SuperResolutionModule(L.LightningModule):
         real, fps = self.target(batch)
         level = torch.full((len(real),), -1, device=self.device)
         noise = torch.randn_like(real)
-        low = low_res_condition(downsample(real, self.factor), real.shape[-1], self.diffusion, level, noise)
+        low = low_res_condition(
+            resized(real, real.shape[-1] // self.factor), real.shape[-1], self.diffusion, level, noise
+        )
         denoise = pixel_denoiser(self.net, self.diffusion, low_res=low, noise_level=level.clamp(min=0), fps=fps)
         made = ddim(denoise, noise, self.diffusion.times(steps, self.device), lambda: noise)
         return {"low": low, "made": made, "real": real}
-
-
-def downsample(clip: Tensor, factor: int) -> Tensor:
-    """`b c f h w` made `factor` times smaller, antialiased."""
-    side = clip.shape[-1] // factor
-    return per_frame(
-        clip, lambda rows: F.interpolate(rows, (side, side), mode="bilinear", antialias=True, align_corners=False)
-    )
 
 
 def per_frame(clip: Tensor, function: Any) -> Tensor:

@@ -122,6 +122,11 @@ def preprocess(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
     return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
+def cut_captions(tokens: Tensor) -> float:
+    """How many of these captions fill CLIP's context to its last token, so that their end is cut off."""
+    return float((tokens[:, -1] != 0).sum())
+
+
 def scaled(embedding: Tensor) -> Tensor:
     """Unit-norm embeddings `n d` to unit variance per coordinate: what the prior and the decoders see."""
     return embedding * math.sqrt(embedding.shape[-1])

@@ -237,17 +237,16 @@ class UNet(nn.Module):
     def load_image_weights(self, state: dict[str, Tensor]) -> None:
         """Load the weights of the network this one grows from (D -> D^t -> upF, SR_l -> SR_l^t).
 
-        Missing keys may only be temporal or mask keys, and no key may be unexpected.
+        The missing keys must be exactly the temporal ones, or for upF the mask's alone; none may be unexpected.
 
         Raises:
             ValueError: the checkpoint is of another network; says which keys disagree.
         """
-        allowed = self.temporal_keys()
+        new = {"conv_given.weight"} if self.masked else self.temporal_keys()
         own = self.state_dict()
-        wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-        missing = set(own) - set(state)
-        if wrong or missing - allowed:
-            names = sorted(wrong) + sorted(missing - allowed)
+        wrong = {k for k in state if k not in own or own[k].shape != state[k].shape}
+        names = sorted(wrong) + sorted((set(own) - set(state)) ^ new)
+        if names:
             raise ValueError(
                 f"the checkpoint is not of this network: {len(names)} keys disagree, the first is '{names[0]}'. "
                 "Train the earlier stage with the same config, or point to another checkpoint."

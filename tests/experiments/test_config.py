@@ -105,7 +105,7 @@ def test_what_is_saved_loads_again(tmp_path: Path) -> None:
     config = load("tiny")
     save(config, tmp_path / "saved.yaml")
     assert "${" not in (tmp_path / "saved.yaml").read_text()
-    assert replace(load(str(tmp_path / "saved.yaml")), size="tiny") == config
+    assert replace(load(str(tmp_path / "saved.yaml")), size="tiny", page="tiny") == config
     assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["decoder"]["size"] == config.decoder.size
 
 

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from lightning_modules.callbacks import EMA, StepSeed
 from lightning_modules.clip import ClipModule
-from lightning_modules.decoder import DecoderModule
+from lightning_modules.decoder import DecoderModule, resized
 from lightning_modules.interpolation import InterpolationModule, random_masks
 from lightning_modules.optim import OptimConfig, optimizers
 from lightning_modules.prior import PriorModule
-from lightning_modules.super_resolution import SuperResolutionModule, downsample
+from lightning_modules.super_resolution import SuperResolutionModule
 from models.clip import scaled
 from models.diffusion import Diffusion, DiffusionConfig, gaussian_blur
 from models.prior import Prior, PriorConfig
@@ -89,7 +89,7 @@ def moved(net, before):
 
 def test_the_decoder_learns_from_images(unet, clip, fit):
     net = unet(embedding_width=16)
-    module, before, spy, batch = DecoderModule(net, PROCESS, clip, FAST), copied(net), Spy(net), image_batch()
+    module, before, spy, batch = DecoderModule(net, PROCESS, clip, FAST, SIDE), copied(net), Spy(net), image_batch()
     fit(module, batch)
     assert {"conv_out.spatial.weight", "embedding.weight", "time.0.weight"} <= moved(net, before)
     (z, t), given = spy.calls[0]
@@ -101,7 +101,7 @@ def test_the_decoder_learns_from_images(unet, clip, fit):
 
 def test_the_decoder_learns_from_clips_without_text(unet, clip, fit):
     net = unet(temporal=True, embedding_width=16)
-    module, before, spy, batch = DecoderModule(net, PROCESS, clip, FAST), copied(net), Spy(net), video_batch()
+    module, before, spy, batch = DecoderModule(net, PROCESS, clip, FAST, SIDE), copied(net), Spy(net), video_batch()
     fit(module, batch)
     changed = moved(net, before)
     assert {"fps.2.weight", "conv_in.temporal.weight", "conv_out.spatial.weight"} <= changed
@@ -118,7 +118,7 @@ def test_what_is_noised_is_the_batch(unet, clip, monkeypatch):
     monkeypatch.setattr(process, "noised", lambda x0, t, eps: seen.append((x0, eps)) or noised(x0, t, eps))
     net, batch = unet(embedding_width=16, learned_variance=False), image_batch()
     batch["image"][0], batch["image"][1] = 0, 255
-    module = DecoderModule(net, process, clip, FAST)
+    module = DecoderModule(net, process, clip, FAST, SIDE)
     monkeypatch.setattr(net, "forward", lambda *args, **kwargs: seen[-1][1])
     assert module.training_step(batch, 0) == 0
     x0 = seen[0][0]
@@ -133,7 +133,7 @@ def test_a_video_stage_never_reads_a_caption(unet, clip, fit, module_class):
         module = SuperResolutionModule(unet(temporal=True, low_res=True), PROCESS, FAST, factor=2)
     else:
         net = unet(temporal=True, masked=module_class is InterpolationModule, embedding_width=16)
-        module = module_class(net, PROCESS, clip, FAST)
+        module = module_class(net, PROCESS, clip, FAST, SIDE)
     torch.manual_seed(3)
     plain = module.training_step(batch, 0)
     torch.manual_seed(3)
@@ -145,7 +145,7 @@ def test_a_video_stage_never_reads_a_caption(unet, clip, fit, module_class):
 
 @pytest.mark.parametrize("frame, index", [("first", 0), ("middle", 3)])
 def test_the_clip_frame(unet, clip, frame, index):
-    module = DecoderModule(unet(temporal=True, embedding_width=16), PROCESS, clip, FAST, clip_frame=frame)
+    module = DecoderModule(unet(temporal=True, embedding_width=16), PROCESS, clip, FAST, SIDE, clip_frame=frame)
     batch = video_batch()
     assert torch.equal(module.embedding(batch), scaled(clip.encode_image(batch["video"][:, :, index])))
     assert not torch.allclose(module.embedding(batch), scaled(clip.encode_image(batch["video"][:, :, 1])))
@@ -154,9 +154,9 @@ def test_the_clip_frame(unet, clip, frame, index):
 def test_the_clip_frame_mean_and_random(unet, clip):
     net, batch = unet(temporal=True, embedding_width=16), video_batch()
     every = torch.stack([clip.encode_image(batch["video"][:, :, i]) for i in range(FRAMES)])  # f b d
-    mean = DecoderModule(net, PROCESS, clip, FAST, clip_frame="mean").embedding(batch)
+    mean = DecoderModule(net, PROCESS, clip, FAST, SIDE, clip_frame="mean").embedding(batch)
     torch.testing.assert_close(mean, scaled(F.normalize(every.mean(0), dim=-1)))
-    module = DecoderModule(net, PROCESS, clip, FAST, clip_frame="random")
+    module = DecoderModule(net, PROCESS, clip, FAST, SIDE, clip_frame="random")
     chosen = set()
     for _ in range(60):
         distance = (module.embedding(batch) - scaled(every)).abs().amax(-1)  # f b
@@ -164,13 +164,13 @@ def test_the_clip_frame_mean_and_random(unet, clip):
         chosen |= set(enumerate(distance.argmin(0).tolist()))
     assert chosen == {(b, f) for b in range(2) for f in range(FRAMES)}
     with pytest.raises(ValueError, match="'last' .* first, middle, random, mean"):
-        DecoderModule(net, PROCESS, clip, FAST, clip_frame="last")
+        DecoderModule(net, PROCESS, clip, FAST, SIDE, clip_frame="last")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_share_without_embedding(unet, clip, share):
     net = unet(embedding_width=16)
-    module, spy = DecoderModule(net, PROCESS, clip, FAST, drop=share), Spy(net)
+    module, spy = DecoderModule(net, PROCESS, clip, FAST, SIDE, drop=share), Spy(net)
     batch = {"image": torch.zeros(400, 3, 2, 2, dtype=torch.uint8)}
     with torch.no_grad():
         module.training_step(batch, 0)
@@ -181,7 +181,7 @@ def test_the_share_without_embedding(unet, clip, share):
 def test_freeze_spatial_trains_the_temporal_keys_alone(unet, clip, fit, masked):
     net = unet(temporal=True, masked=masked, embedding_width=16)
     kind = InterpolationModule if masked else DecoderModule
-    module, before = kind(net, PROCESS, clip, FAST, freeze_spatial=True), copied(net)
+    module, before = kind(net, PROCESS, clip, FAST, SIDE, freeze_spatial=True), copied(net)
     trainer = fit(module, video_batch(frames=5), StepSeed(1), steps=3)
     assert moved(net, before) == net.temporal_keys()
     in_optimizer = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
@@ -189,7 +189,7 @@ def test_freeze_spatial_trains_the_temporal_keys_alone(unet, clip, fit, masked):
 
 
 def test_the_checkpoint_has_no_clip(unet, clip):
-    module = DecoderModule(unet(embedding_width=16), PROCESS, clip, FAST)
+    module = DecoderModule(unet(embedding_width=16), PROCESS, clip, FAST, SIDE)
     assert {k.split(".")[0] for k in module.state_dict()} == {"net"}
 
 
@@ -232,7 +232,7 @@ def test_masks_of_other_lengths_leave_something_to_do(frames):
 def test_interpolation_gives_frames_and_their_mask(unet, clip, fit):
     net, frames = unet(temporal=True, masked=True, embedding_width=16), 16
     module, before, spy, batch = (
-        InterpolationModule(net, PROCESS, clip, FAST),
+        InterpolationModule(net, PROCESS, clip, FAST, SIDE),
         copied(net),
         Spy(net),
         video_batch(2, frames),
@@ -298,7 +298,9 @@ def test_the_small_clip_is_the_large_one_made_small(unet):
     assert level.eq(0).all() and real.std() > 0.3
     assert (low - real)[..., 2:-2, 2:-2].abs().amax() < 0.05
     halves = torch.stack([F.avg_pool2d(real[:, :, i], 2) for i in range(3)], dim=2)
-    torch.testing.assert_close(downsample(real, 2)[..., 1:-1, 1:-1], halves[..., 1:-1, 1:-1], atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        resized(real, real.shape[-1] // 2)[..., 1:-1, 1:-1], halves[..., 1:-1, 1:-1], atol=0.01, rtol=0
+    )
 
 
 def test_half_of_the_small_clips_are_blurred(unet):
@@ -308,7 +310,7 @@ def test_half_of_the_small_clips_are_blurred(unet):
     with torch.no_grad():
         module.training_step({"image": images}, 0)
     low = spy.calls[0][1]["low_res"][:, :, 0]
-    small = downsample((images / 127.5 - 1).unsqueeze(2), 2).squeeze(2)
+    small = resized((images / 127.5 - 1).unsqueeze(2), images.shape[-1] // 2).squeeze(2)
     distances = []
     for row in (small, gaussian_blur(small, 5.0)):
         large = F.interpolate(row, (16, 16), mode="bilinear", align_corners=False)
@@ -425,7 +427,7 @@ def test_a_restart_draws_and_trains_the_same(unet, clip, fit, tmp_path):
             torch.manual_seed(10)
             net = unet(temporal=True, embedding_width=16, dropout=0.2)
             ema = EMA(0.9)
-            module = DecoderModule(net, PROCESS, clip, FAST, clip_frame="random")
+            module = DecoderModule(net, PROCESS, clip, FAST, SIDE, clip_frame="random")
             torch.manual_seed(20 + steps + i)
             batch = video_batch(1, 3)
             batch["video"] = torch.arange(batch["video"].numel()).view_as(batch["video"]).to(torch.uint8)
@@ -486,3 +488,17 @@ def test_two_swaps_are_none(fit):
     ema.swap(module.net)
     assert all(torch.equal(module.net.state_dict()[k], weights[k]) for k in weights)
     assert all(torch.equal(ema.average[k], average[k]) for k in average)
+
+
+@pytest.mark.parametrize("make", [image_batch, video_batch])
+def test_clip_reads_the_picture_before_it_is_made_small(unet, clip, make):
+    """Where CLIP reads more pixels than the decoder makes, its embedding is that of the larger picture."""
+    batch = make(side=4 * SIDE)
+    video = "video" in batch
+    spy = Spy(net := unet(temporal=video, embedding_width=16))
+    module = DecoderModule(net, PROCESS, clip, FAST, SIDE)
+    module.loss(batch)
+    z = spy.calls[-1][0][0]
+    assert z.shape[-2:] == (SIDE, SIDE)
+    large = batch["video"][:, :, 0] if video else batch["image"]
+    torch.testing.assert_close(module.embedding(batch), scaled(clip.encode_image(large)))

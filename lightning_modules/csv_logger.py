@@ -1,0 +1,64 @@
+"""metrics.csv of a run: one file, one curve, also across interruptions."""
+
+import csv
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """A row for each logged step, in a file that a resumed run goes on with (Lightning's CSVLogger starts anew).
+
+    Args:
+        path: the file.
+        first_step: rows from this step on are of steps after the checkpoint that the run resumes from; the run
+            takes these steps again, so the rows are dropped.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0):
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, str]] = {}
+        self.columns = ["step"]
+        if path.is_file():
+            with path.open(newline="") as file:
+                old = {int(row["step"]): row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()}
+            self.rows = {step: {k: v for k, v in row.items() if v} for step, row in old.items() if step < first_step}
+            self.rewrite()
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The resolved config lies beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
+        if not row:
+            return
+        step = step or 0
+        fresh = step not in self.rows and set(row) <= set(self.columns) and self.path.is_file()
+        self.rows.setdefault(step, {"step": str(step)}).update(row)
+        if not fresh:
+            self.rewrite()
+            return
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(self.rows[step])
+
+    def rewrite(self) -> None:
+        """Write all rows: after a resume, or when a new metric needs a column."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.columns = list(dict.fromkeys(["step", *(key for row in self.rows.values() for key in row)]))
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows.values())
