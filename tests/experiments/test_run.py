@@ -245,3 +245,20 @@ def test_a_pretrained_clip_is_loaded_by_path(fresh: Config, tmp_path: Path) -> N
             build.load_clip(broken(**changes))
     with pytest.raises(FileNotFoundError):
         build.load_clip(broken(pretrained=str(tmp_path / "nowhere.pt")))
+
+
+def test_a_run_folder_of_another_run_is_refused_not_overwritten(trained: Config) -> None:
+    folder = build.run_folder(trained, "decoder")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="has trained 4 steps, more than trainer.max_steps=2"):
+        train(with_steps(trained, "decoder", 2), "decoder")
+    wider = replace(trained, decoder=replace(trained.decoder, unet=replace(trained.decoder.unet, width=32)))
+    with pytest.raises(ValueError, match="holds a run of another network"):
+        train(wider, "decoder")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_training_lowers_the_probe(fresh: Config) -> None:
+    """The first loss is of fresh weights and the last of trained ones, on one batch with one noise."""
+    result = train(with_steps(fresh, "sr_low", 60), "sr_low")
+    assert result["last_loss"] < 0.9 * result["first_loss"]
