@@ -57,6 +57,14 @@ def clips_of(config: Config, maker: MakeAVideo, texts: list[str], seeds: list[in
     return ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def generated(config: Config, maker: MakeAVideo) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of generated clips with their prompts; sample k has the seed `seed + k`."""
+    texts, size = prompts(config), config.evaluate.batch_size
+    for start in tqdm(range(0, len(texts), size), desc="generating", file=sys.stderr):
+        part = texts[start : start + size]
+        yield clips_of(config, maker, part, [config.seed + start + i for i in range(len(part))]).cpu(), part
+
+
 def real_clips(config: Config, like: Tensor) -> Iterator[Tensor]:
     """Batches of real clips, as many, of the same frames, size and frame rate as the generated ones."""
     settings = config.evaluate
@@ -83,20 +91,15 @@ def evaluate(config: Config, metric: str) -> dict[str, Any]:
         raise ValueError(f"there is no metric '{metric}': it is one of fvd, clipsim.")
     maker = make_cascade(config)
     maker.on_step = None
-    texts, size = prompts(config), config.evaluate.batch_size
-    fvd = FrechetVideoDistance(config.evaluate.i3d or None, config.evaluate.i3d_sha256 or None)
-    clipsim = CLIPSIM(maker.clip)
-    clip = torch.empty(0)
-    for start in tqdm(range(0, len(texts), size), desc="generating", file=sys.stderr):
-        part = texts[start : start + size]
-        clip = clips_of(config, maker, part, [config.seed + start + i for i in range(len(part))]).cpu()
-        if metric == "clipsim":
-            clipsim.update(clip, part)
-        else:
-            fvd.update(clip, real=False)
     if metric == "clipsim":
+        clipsim = CLIPSIM(maker.clip)
+        for clip, texts in generated(config, maker):
+            clipsim.update(clip, texts)
         result = {"clipsim": float(clipsim.compute()), **clipsim.summary()}
     else:
+        fvd = FrechetVideoDistance(config.evaluate.i3d or None, config.evaluate.i3d_sha256 or None)
+        for clip, _ in generated(config, maker):
+            fvd.update(clip, real=False)
         for videos in tqdm(real_clips(config, clip), desc="real clips", file=sys.stderr):
             fvd.update(videos, real=True)
         result = {fvd.name: float(fvd.compute()), **fvd.summary()}

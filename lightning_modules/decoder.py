@@ -113,9 +113,17 @@ def resized(x: Tensor, size: int) -> Tensor:
     """Images `b c h w` or clips `b c f h w` at `size` x `size`, antialiased."""
     if x.shape[-1] == size:
         return x
-    rows = x if x.ndim == 4 else rearrange(x, "b c f h w -> (b f) c h w")
-    rows = F.interpolate(rows, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return rows if x.ndim == 4 else rearrange(rows, "(b f) c h w -> b c f h w", b=len(x))
+
+    def resize(rows: Tensor) -> Tensor:
+        return F.interpolate(rows, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+    return resize(x) if x.ndim == 4 else per_frame(x, resize)
+
+
+def per_frame(clip: Tensor, function: Any) -> Tensor:
+    """Apply a function of `n c h w` to the frames of `b c f h w`."""
+    frames = clip.shape[2]
+    return rearrange(function(rearrange(clip, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", f=frames)
 
 
 def freeze_all_but_temporal(net: UNet) -> None:

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lightning_modules.decoder import freeze_all_but_temporal, pixels, resized
+from lightning_modules.decoder import freeze_all_but_temporal, per_frame, pixels, resized
 from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
 from models.diffusion import Diffusion, gaussian_blur, low_res_condition
@@ -84,9 +84,3 @@ class SuperResolutionModule(L.LightningModule):
         denoise = pixel_denoiser(self.net, self.diffusion, low_res=low, noise_level=level.clamp(min=0), fps=fps)
         made = ddim(denoise, noise, self.diffusion.times(steps, self.device), lambda: noise)
         return {"low": low, "made": made, "real": real}
-
-
-def per_frame(clip: Tensor, function: Any) -> Tensor:
-    """Apply a function of `n c h w` to the frames of `b c f h w`."""
-    frames = clip.shape[2]
-    return rearrange(function(rearrange(clip, "b c f h w -> (b f) c h w")), "(b f) c h w -> b c f h w", f=frames)
