@@ -17,13 +17,17 @@ endif
 RUN := $(VENV)/bin/python
 
 export PROMPT
+# On a CPU a training step frees and takes the same gigabytes again and again; glibc gives them back to the system in
+# between, which costs a fifth of the step.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
-	train-interpolation generate eval-fvd eval-clipsim test lint clean
+	train-interpolation generate eval-fvd eval-clipsim bench bench-model test lint clean
 
 help: ## print this list
-	@echo 'make TARGET [SIZE=tiny|base|paper] [ARGS="trainer.max_steps=100 ..."]'
+	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)
@@ -72,6 +76,14 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
+
+bench: bench-model ## all benchmarks
+
+# The peers it measures come with the extra `bench`.
+bench-model: $(READY) ## speed and memory of the video U-Net beside published ones
+	@if command -v uv >/dev/null; then uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
+	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
+	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
 
 test: $(READY) ## the tests: no network, no GPU
 	@$(RUN) -m pytest

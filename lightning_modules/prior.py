@@ -14,6 +14,9 @@ from models.diffusion import Diffusion
 class PriorModule(L.LightningModule):
     """The prior predicts the clean image embedding from captions (unCLIP, arXiv 2204.06125, section 2.2).
 
+    A batch holds captions, and images or embeddings that CLIP made of them beforehand (`image_embedding` and
+    `text_embedding`, unit norm, `b d`).
+
     Args:
         drop: share of samples trained without text, for guidance (0.1 in unCLIP).
     """
@@ -30,9 +33,11 @@ class PriorModule(L.LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a batch, with times and noise from the global generator."""
-        x0 = scaled(self.clip.encode_image(batch["image"]))
         tokens = self.clip.tokens(batch["text"]).to(self.device)
-        text = scaled(self.clip.encode_text(tokens))
+        if "image_embedding" in batch:
+            x0, text = scaled(batch["image_embedding"].float()), scaled(batch["text_embedding"].float())
+        else:
+            x0, text = scaled(self.clip.encode_image(batch["image"])), scaled(self.clip.encode_text(tokens))
         t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
         eps = torch.randn_like(x0)
         z = self.diffusion.noised(x0, t, eps)

@@ -23,6 +23,7 @@ class SamplingConfig:
     sampler: str = "ddim"  # ddpm | ddim | dpmpp_2m
     steps: int = 50
     guidance: float = 1.0  # classifier-free guidance, 1 = none
+    rescale: float = 0.0  # share of guidance's wider range that is taken back, 0.7 in arXiv 2305.08891
     noise_level: int = -1  # super-resolution: diffusion time of the noise on the small clip, -1 = none
 
 
@@ -214,7 +215,7 @@ class MakeAVideo:
         if config.sampler not in SAMPLERS:
             raise ValueError(f"cascade.{name}.sampler '{config.sampler}' is not one of {', '.join(SAMPLERS)}.")
         times = stage.diffusion.times(config.steps, self.device)
-        step, calls = guided(denoise(False), denoise(True), config.guidance), part * config.steps
+        step, calls = guided(denoise(False), denoise(True), config.guidance, config.rescale), part * config.steps
 
         def counted(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             nonlocal calls

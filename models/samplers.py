@@ -68,14 +68,22 @@ SAMPLERS: dict[str, Callable[[Denoise, Tensor, Times, Draw], Tensor]] = {
 }
 
 
-def guided(denoise: Denoise, unconditional: Denoise, scale: float) -> Denoise:
-    """Classifier-free guidance (arXiv 2207.12598) on the clean sample: x_u + w (x_c - x_u); w = 1 is none."""
+def guided(denoise: Denoise, unconditional: Denoise, scale: float, rescale: float = 0.0) -> Denoise:
+    """Classifier-free guidance (arXiv 2207.12598) on the clean sample: x_u + w (x_c - x_u); w = 1 is none.
+
+    Guidance widens the range of a sample. `rescale` in [0, 1] is the share of it that is taken back, by giving the
+    sample the deviation of x_c (arXiv 2305.08891, eqs. 14 to 16; 0.7 there).
+    """
     if scale == 1:
         return denoise
 
     def both(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         (with_it, fraction), (without, _) = denoise(z, t), unconditional(z, t)
-        return without + scale * (with_it - without), fraction
+        x0 = without + scale * (with_it - without)
+        if rescale:
+            wanted, found = (x.flatten(1).std(1).view(-1, *[1] * (x.ndim - 1)) for x in (with_it, x0))
+            x0 = x0 * (1 - rescale + rescale * wanted / found.clamp(min=1e-8))
+        return x0, fraction
 
     return both
 

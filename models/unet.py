@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.p3d import PseudoAttention3d, PseudoConv3d, groups, sinusoidal
+from models.norm import Norm
+from models.p3d import PseudoAttention3d, PseudoConv3d, sinusoidal
 
 
 @dataclass
@@ -33,6 +34,7 @@ class UNetConfig:
     residual: bool = False  # super-resolution that predicts x0: the output is added to the small clip (Ours)
     learned_variance: bool = True  # predicts the variance too: six output channels (arXiv 2102.09672)
     checkpoint_activations: bool = False  # recompute residual blocks in backward: less memory, more time
+    channels_last: bool = True  # false = the common memory layout, in which every swap of space and time copies
 
 
 class ResBlock(nn.Module):
@@ -44,10 +46,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, temporal: bool, resample: str = ""):
         super().__init__()
         self.resample = resample
-        self.norm_in = nn.GroupNorm(groups(c_in), c_in)
+        self.norm_in = Norm(c_in)
         self.conv_in = PseudoConv3d(c_in, c_out, temporal=temporal)
         self.time = nn.Linear(time_width, 2 * c_out)
-        self.norm_out = nn.GroupNorm(groups(c_out), c_out)
+        self.norm_out = Norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = PseudoConv3d(c_out, c_out, temporal=temporal)
         nn.init.zeros_(self.conv_out.spatial.weight)
@@ -55,15 +57,14 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor, frames: int) -> Tensor:
-        h = F.silu(self.norm_in(x))
+        h = self.norm_in(x)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":
             h, x = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (h, x))
         h = self.conv_in(h, frames)
-        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
-        h = self.conv_out(self.dropout(F.silu(h)), frames)
+        h = self.norm_out(h, *self.time(F.silu(time)).chunk(2, dim=1))
+        h = self.conv_out(self.dropout(h), frames)
         return self.skip(x) + h
 
 
@@ -107,7 +108,8 @@ class UNet(nn.Module):
         self.noise_level = mlp(width, time_width) if config.low_res else None
         if config.embedding_width:
             self.embedding = nn.Linear(config.embedding_width, time_width)
-            self.context = nn.Linear(config.embedding_width, config.context_tokens * time_width)
+            if config.context_tokens:
+                self.context = nn.Linear(config.embedding_width, config.context_tokens * time_width)
             self.no_embedding = nn.Parameter(torch.zeros(config.embedding_width))  # guidance: "no condition"
 
         def level(c_in: int, c_out: int, factor: int, resample: str = "", attend: bool = True) -> Level:
@@ -145,11 +147,12 @@ class UNet(nn.Module):
             if i:
                 factor //= 2
                 self.up.append(level(c, c, factor, "up", attend=False))
-        self.norm_out = nn.GroupNorm(groups(c), c)
+        self.norm_out = Norm(c)
         self.conv_out = PseudoConv3d(c, 6 if config.learned_variance else 3, temporal=temporal)
         nn.init.zeros_(self.conv_out.spatial.weight)
         nn.init.zeros_(self.conv_out.spatial.bias)  # type: ignore[arg-type]
-        self.to(memory_format=torch.channels_last)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.to(memory_format=self.layout)
 
     def forward(
         self,
@@ -202,12 +205,17 @@ class UNet(nn.Module):
                 embedding = torch.where(drop[:, None], self.no_embedding.to(embedding.dtype), embedding)
             embedding = per_frame(embedding)
             time = time + self.embedding(embedding)
-            context = rearrange(self.context(embedding), "b (n d) -> b n d", n=self.config.context_tokens)
+            if self.config.context_tokens:
+                context = rearrange(self.context(embedding), "b (n d) -> b n d", n=self.config.context_tokens)
         if self.fps is not None and fps is not None and frames > 1:
             # fps in 1...30 is stretched over the range that sinusoids of a diffusion time resolve well
             time = time + self.fps(sinusoidal(per_frame(fps * (1000 / 30)), self.config.width).to(x.dtype))
         if self.noise_level is not None and noise_level is not None:
             time = time + self.noise_level(sinusoidal(per_frame(noise_level), self.config.width).to(x.dtype))
+
+        def fold(clip: Tensor) -> Tensor:
+            pixels = rearrange(clip, "b c f h w -> (b f) h w c")  # the one copy: to channels-last memory
+            return pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
 
         x = fold(torch.cat((x, low_res), dim=1) if low_res is not None else x)
         h = self.conv_in.spatial(x)
@@ -224,7 +232,7 @@ class UNet(nn.Module):
             if block.joins_skip:
                 h = torch.cat((h, skips.pop()), dim=1)
             h = block(h, time, frames, context)
-        h = self.conv_out(F.silu(self.norm_out(h)), frames)
+        h = self.conv_out(self.norm_out(h), frames)
         if self.config.residual and low_res is not None:
             h = torch.cat((h[:, :3] + x[:, 3:], h[:, 3:]), dim=1)
         h = rearrange(h, "(b f) c h w -> b c f h w", f=frames)
@@ -252,11 +260,6 @@ class UNet(nn.Module):
                 "Train the earlier stage with the same config, or point to another checkpoint."
             )
         self.load_state_dict(state, strict=False)
-
-
-def fold(clip: Tensor) -> Tensor:
-    """`b c f h w` -> `(b f) c h w` in channels-last memory."""
-    return rearrange(clip, "b c f h w -> (b f) c h w").contiguous(memory_format=torch.channels_last)
 
 
 def mlp(c_in: int, c_out: int, zero: bool = False) -> nn.Sequential:

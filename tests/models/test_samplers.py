@@ -144,6 +144,20 @@ def test_guidance():
     assert guided(with_it, without, 0.0)(z, t)[0].eq(0.5).all()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_takes_back_its_wider_range(share):
+    """arXiv 2305.08891, eqs. 14 to 16, for each sample alone."""
+    condition, shift = torch.randn(3, 2, 50), torch.randn(3, 2, 50)
+    with_it = condition * torch.tensor([0.5, 1.0, 2.0])[:, None, None]
+    network, none = (lambda z, t: (with_it, None)), (lambda z, t: (with_it - shift, None))
+    z, t = torch.zeros(3, 2, 50), torch.zeros(3)
+    plain, rescaled = (guided(network, none, 5.0, rescale)(z, t)[0] for rescale in (0.0, share))
+    for x, y, c in zip(plain, rescaled, with_it, strict=True):
+        torch.testing.assert_close(y, share * x * c.std() / x.std() + (1 - share) * x)
+    if share == 1:
+        torch.testing.assert_close(rescaled.flatten(1).std(1), with_it.flatten(1).std(1))
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     many = seeded_draw([3, 4, 5], (2, 2), "cpu")
     alone = seeded_draw([4], (2, 2), "cpu")

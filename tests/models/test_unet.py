@@ -1,11 +1,15 @@
 """The whole U-Net, every option on: exactly the image network at init, and what moves it away from there."""
 
+import shutil
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
 from einops import rearrange
+from torch.profiler import ProfilerActivity, profile
 
+from models.norm import Norm
 from models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,15 +62,114 @@ def cast(inputs, dtype):
     return {k: v.to(dtype) if v.is_floating_point() and k != "fps" else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
-@torch.no_grad()
-def test_a_clip_is_its_frames(net, inputs, how):
+def clip_and_frames(net, inputs, how="float32"):
+    """The network on the clip, and on its frames as images."""
     if how == "bfloat16":
         net, inputs = net.bfloat16(), cast(inputs, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         clip, frames = net(**inputs), net(**folded(inputs))
     assert clip.isfinite().all() and clip.float().std() > 0.1
-    assert torch.equal(clip, rearrange(frames, "(b f) c 1 h w -> b c f h w", f=FRAMES))
+    return clip, rearrange(frames, "(b f) c 1 h w -> b c f h w", f=FRAMES)
+
+
+SWITCHES = {
+    "as it is": {},
+    "no temporal attention": {"temporal_attention": False},
+    "no context tokens": {"context_tokens": 0},
+    "no embedding": {"embedding_width": 0},
+    "no attention": {"attention": []},
+    "no small clip": {"low_res": False},
+    "variance not learned": {"learned_variance": False},
+    "residual": {"residual": True},
+    "recomputed": {"checkpoint_activations": True},
+    "common layout": {"channels_last": False},
+    "one level": {"multiples": [1], "attention": [1]},
+}
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("switch", SWITCHES)
+@torch.no_grad()
+def test_a_clip_is_its_frames(inputs, randomise, switch, how):
+    config = replace(CONFIG, **SWITCHES[switch])
+    net = UNet(config, temporal=True, masked=True)
+    randomise(net, but=net.temporal_keys()).eval()
+    if not config.low_res:
+        del inputs["low_res"], inputs["noise_level"]
+    assert torch.equal(*clip_and_frames(net, inputs, how))
+
+
+def test_a_clip_is_its_frames_in_training_too(net, inputs):
+    """With gradients and recomputation; dropout off, which draws for each network anew."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "recompute"):
+            module.recompute = True
+    assert torch.equal(*clip_and_frames(net, inputs))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_a_clip_is_its_frames_within_one_rounding(inputs, randomise):
+    net = UNet(replace(CONFIG, multiples=[1], attention=[1]), temporal=True, masked=True)
+    randomise(net, but=net.temporal_keys()).eval()
+    keys, expected = list(net.state_dict()), net(**inputs)
+    net.compile()  # in place
+    assert list(net.state_dict()) == keys
+    clip, frames = clip_and_frames(net, inputs)
+    assert net._compiled_call_impl is not None
+    # A rounding in one layer is a rounding of the input of the next: what moving the input by one does to the output.
+    net._compiled_call_impl = None
+    moved = net(**{**inputs, "x": inputs["x"].nextafter(torch.tensor(torch.inf))})
+    rounding = (moved - expected).abs().max()
+    assert 0 < rounding < 1e-4
+    assert (clip - frames).abs().max() <= rounding and (clip - expected).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_time_costs_no_copies(inputs, randomise, masked):
+    """Every copy of one forward pass, counted by the profiler: a clip has no more of them than its frames."""
+
+    def copies(net, inputs):
+        net(**inputs)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            net(**inputs)
+        activations = (event for event in recorded.events() if event.input_shapes and event.input_shapes[0])
+        return sum(event.name == "aten::copy_" and prod(event.input_shapes[0]) >= 1000 for event in activations)
+
+    if not masked:
+        del inputs["given"]
+    video = randomise(UNet(CONFIG, temporal=True, masked=masked)).eval()
+    image = randomise(UNet(CONFIG)).eval()
+    still = {k: v for k, v in folded(inputs).items() if k not in ("given", "fps")}
+    # a clip is folded into the batch once, before the first layer; so are the masked frames of upF
+    assert copies(video, inputs) == copies(image, still) + masked
+    common = UNet(replace(CONFIG, channels_last=False), temporal=True, masked=masked)  # this test can fail
+    assert copies(randomise(common).eval(), inputs) > copies(video, inputs) + 20
+
+
+def test_activations_stay_channels_last(net, inputs):
+    seen = []
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Conv2d, Norm)):
+            module.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    net(**inputs)
+    assert len(seen) > 40
+    for tensors in seen:
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+
+
+@torch.no_grad()
+def test_without_attention_any_size_will_do(randomise):
+    net = randomise(UNet(replace(CONFIG, attention=[], embedding_width=0))).eval()
+    big = torch.randn(1, 6, 40, 64)
+    level = torch.tensor([20])
+    for height, width in ((40, 64), (24, 10)):
+        x, low = big[:, :3, :height, :width], big[:, 3:, :height, :width]
+        assert net(x, torch.tensor([3]), low_res=low, noise_level=level).shape == (1, 6, height, width)
 
 
 @torch.no_grad()
