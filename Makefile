@@ -23,7 +23,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
+.PHONY: help install demo train-clip embed train-prior train-decoder train-sr-low train-sr-high finetune-video \
 	train-interpolation generate eval-fvd eval-clipsim bench bench-model test lint clean
 
 help: ## print this list
@@ -49,6 +49,9 @@ demo: $(READY) ## train all five networks on the data in the repository, then wr
 
 train-clip: $(READY) ## our own CLIP, where the config names no pretrained one
 	@$(RUN) -m experiments.train clip $(SIZE) $(ARGS)
+
+embed: $(READY) ## CLIP embeddings beside the shards, once; train P and D from them with ARGS=data.embeddings=true
+	@$(RUN) -m experiments.prepare embed $(SIZE) $(ARGS)
 
 train-prior: $(READY) ## P: text to CLIP image embedding
 	@$(RUN) -m experiments.train prior $(SIZE) $(ARGS)

@@ -4,11 +4,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from datamodules import embeddings
 from datamodules.pixels import check_sizes, random_crop, square, to_tensor
 from datamodules.shards import Sample, StreamDataModule
 from datamodules.tars import Entry, expand, index
@@ -68,12 +70,18 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The samples of a list of shards: {"image": uint8 (3, h, w), "text": str, "key": str}."""
+    """The samples of a list of shards: {"image": uint8 (3, h, w), "text": str, "key": str}.
+
+    With the name of a `clip` come its embeddings, computed beforehand, "image_embedding" and "text_embedding" (d,), of
+    the whole picture and the main caption; with resolution 0 no picture is decoded.
+    """
 
     entries: list[Entry]
     resolution: int
-    crop: int | None
-    random_caption: bool
+    crop: int | None = None
+    random_caption: bool = False
+    clip: str = ""
+    rows: tuple[int, ...] = ()  # of each entry in its shard's file of embeddings
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -84,9 +92,29 @@ class Pairs:
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         entry = self.entries[index]
         text = caption(entry, rng if self.random_caption else None)
-        extension = next(extension for extension in IMAGES if extension in entry.members)
-        pixels = to_tensor(decode(entry.read(extension), self.resolution))
-        return {"image": random_crop(pixels, self.crop, rng), "text": text, "key": entry.key}
+        sample: Sample = {"text": text, "key": entry.key}
+        if self.clip:
+            sample |= embeddings.read(entry.shard, self.rows[index], self.clip)
+        if self.resolution:
+            extension = next(extension for extension in IMAGES if extension in entry.members)
+            pixels = to_tensor(decode(entry.read(extension), self.resolution))
+            sample["image"] = random_crop(pixels, self.crop, rng)
+        return sample
+
+
+def open_pairs(
+    shards: Sequence[str], resolution: int, crop: int | None = None, random_caption: bool = False, clip: str = ""
+) -> tuple[Pairs, list[tuple[str, str]]]:
+    """The samples of shards, whose headers are read, and what was left out as (file or "file:key", cause)."""
+    entries, problems = index(shards, (IMAGES, CAPTIONS))
+    without = embeddings.missing([shard for shard, _ in groupby(entries, lambda entry: entry.shard)], clip)
+    if clip and without:
+        raise FileNotFoundError(
+            f"{len(without)} shards have no embeddings by {clip}, the first is {without[0]}: "
+            "run `make embed` with the same SIZE and data first."
+        )
+    rows = tuple(embeddings.rows(entries, clip)) if clip else ()
+    return Pairs(entries, resolution, crop, random_caption, clip, rows), problems
 
 
 class ImageTextDataModule(StreamDataModule):
@@ -96,7 +124,9 @@ class ImageTextDataModule(StreamDataModule):
     short side in pixels, before the centre square is cut; crop: side of a random crop of that square, or
     None for all of it. seed: of order, crops and captions. workers: processes that decode; 0 decodes in
     this one. random_caption: draw the caption from the main and the alternative ones, else always the
-    main one. Raises FileNotFoundError for missing shards, ValueError where not one sample can be read.
+    main one. clip: name of the CLIP whose embeddings come with each sample (`make embed`), or ""; then the
+    caption is the main one, and resolution 0 leaves the pictures out. Raises FileNotFoundError for missing
+    shards or embeddings, ValueError where not one sample can be read.
     """
 
     def __init__(
@@ -108,19 +138,22 @@ class ImageTextDataModule(StreamDataModule):
         seed: int = 0,
         workers: int = 0,
         random_caption: bool = True,
+        clip: str = "",
     ) -> None:
         super().__init__(batch_size, seed, workers)
-        check_sizes(resolution, crop)
-        self.shards, self.random_caption = shards, random_caption
+        if resolution or not clip:
+            check_sizes(resolution, crop)
+        self.shards, self.clip, self.random_caption = shards, clip, random_caption and not clip
         self.resolution, self.crop = resolution, crop
         self._pairs: Pairs | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the headers of all shards, once."""
         if self._pairs is None:
-            entries, problems = index(expand(self.shards), (IMAGES, CAPTIONS))
+            self._pairs, problems = open_pairs(
+                expand(self.shards), self.resolution, self.crop, self.random_caption, self.clip
+            )
             self.note(problems)
-            self._pairs = Pairs(entries, self.resolution, self.crop, self.random_caption)
 
     def source(self) -> Pairs:
         self.setup()

@@ -96,7 +96,7 @@ def diffusers(width: int) -> nn.Module:
     """diffusers' UNet3DConditionModel, with attention in its two deeper levels."""
     from diffusers import UNet3DConditionModel
 
-    return UNet3DConditionModel(
+    net: nn.Module = UNet3DConditionModel(
         sample_size=SIDE,
         in_channels=3,
         out_channels=3,
@@ -108,6 +108,7 @@ def diffusers(width: int) -> nn.Module:
         down_block_types=("DownBlock3D", "DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D", "UpBlock3D"),
     )
+    return net
 
 
 def matched(make: Callable[[int], nn.Module], wanted: int) -> nn.Module:
@@ -207,7 +208,8 @@ def measure(name: str, net: nn.Module, bench: Bench, device: str, precision: str
     training_flops = counter.get_total_flops()
     if compiled:
         net.compile()
-        train(), infer()
+        train()
+        infer()
     peaks = [matrix_peak(device)]
     forward_time = seconds(infer, bench.repeats, device)
     peaks.append(matrix_peak(device))
@@ -216,7 +218,8 @@ def measure(name: str, net: nn.Module, bench: Bench, device: str, precision: str
     net.zero_grad()
     memory = peak_memory(train, 4 * parameters(net), device)
     peak = sorted(peaks)[1]
-    return Row(name, precision, parameters(net), forward_time, forward_flops, training_time, training_flops, peak, memory)
+    times = (forward_time, forward_flops, training_time, training_flops)
+    return Row(name, precision, parameters(net), *times, peak, memory)
 
 
 def table(rows: list[Row]) -> str:
@@ -230,8 +233,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             f"| {row.name} | {row.precision} | {row.parameters / 1e6:.1f} M | {1000 * row.forward:.0f} "
-            f"| {row.forward_share:.2f} | {1000 * row.training:.0f} | {row.training_share:.2f} | {row.memory / 2**30:.2f} "
-            f"| {row.training / first.training:.2f} | {row.memory / first.memory:.2f} |"
+            f"| {row.forward_share:.2f} | {1000 * row.training:.0f} | {row.training_share:.2f} "
+            f"| {row.memory / 2**30:.2f} | {row.training / first.training:.2f} | {row.memory / first.memory:.2f} |"
         )
     return "\n".join(lines)
 
@@ -283,8 +286,7 @@ def main(arguments: list[str]) -> None:
 
     def add(name: str, make: Callable[[], nn.Module], precision: str, compiled: bool = False) -> None:
         rows.append(measure(name, make(), bench, device, precision, compiled))
-        row = rows[-1]
-        print(f"{name}, {precision}: forward {1000 * row.forward:.0f} ms, training step {1000 * row.training:.0f} ms", flush=True)
+        print(f"{name}, {precision}: training step {1000 * rows[-1].training:.0f} ms", flush=True)
 
     size = parameters(ours(bench))
     for precision in ("fp32", "bf16"):

@@ -137,8 +137,8 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
     )
 
 
-def datamodule(config: Config, stage: str) -> ImageTextDataModule | VideoDataModule:
-    """The data of a stage: captioned images, or clips without a word."""
+def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTextDataModule | VideoDataModule:
+    """The data of a stage: captioned images, or clips without a word. `clip` names the embeddings to come with them."""
     part = section(config, stage)
     if stage.startswith("sr_"):
         shape = super_resolution(config, stage)
@@ -163,7 +163,13 @@ def datamodule(config: Config, stage: str) -> ImageTextDataModule | VideoDataMod
         )
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the tar shards of captioned images.")
-    return ImageTextDataModule(config.data.shards, batch, resolution, crop, config.seed, part.trainer.workers)
+    embedded = clip.name if clip is not None and config.data.embeddings else ""
+    if embedded:
+        # CLIP has read the pictures already: the prior needs none, the decoder its own size.
+        resolution = config.decoder.size if stage == "decoder" else 0
+    return ImageTextDataModule(
+        config.data.shards, batch, resolution, crop, config.seed, part.trainer.workers, clip=embedded
+    )
 
 
 def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
@@ -186,15 +192,15 @@ def load_clip(config: Config) -> Clip:
     """
     model = config.clip.model
     if not model.name:
-        net = build_clip(model)
-        net.load_state_dict(weights(config, "clip"))
-        return Clip(net, f"ours-{config.size}")
+        net, state = build_clip(model), weights(config, "clip")
+        net.load_state_dict(state)
+        return Clip(net, f"ours-{config.size}-{digest(state)}")
     if not model.pretrained:
         raise ValueError("clip.model.pretrained is empty: give open_clip's tag, or the path of a checkpoint.")
     if model.sha256:
-        digest = hashlib.sha256(Path(model.pretrained).read_bytes()).hexdigest()
-        if digest != model.sha256:
-            raise ValueError(f"{model.pretrained} has SHA-256 {digest}, the config says {model.sha256}.")
+        found = hashlib.sha256(Path(model.pretrained).read_bytes()).hexdigest()
+        if found != model.sha256:
+            raise ValueError(f"{model.pretrained} has SHA-256 {found}, the config says {model.sha256}.")
     try:
         pretrained = open_clip.create_model(model.name, pretrained=model.pretrained)
     except RuntimeError as error:
@@ -203,6 +209,15 @@ def load_clip(config: Config) -> Clip:
     if width != model.embedding_width:
         raise ValueError(f"{model.name} has embeddings of {width}, clip.model.embedding_width says otherwise.")
     return Clip(pretrained, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name))
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """Eight hex digits that tell one set of weights from another."""
+    whole = hashlib.sha256()
+    for key in sorted(state):
+        whole.update(key.encode())
+        whole.update(state[key].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:8]
 
 
 def cascade(

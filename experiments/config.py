@@ -118,6 +118,7 @@ class DataConfig:
 
     shards: list[str] = field(default_factory=list)  # tar shards of img2dataset; {00000..00009}.tar is a range
     clips: str = ""  # folder with WebVid's CSV and mp4 files
+    embeddings: bool = False  # train P and D from CLIP embeddings that `make embed` wrote beside the shards
 
 
 @dataclass

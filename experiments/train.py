@@ -46,7 +46,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     if part.trainer.compile:
         net.compile()
     module = build.module(config, stage, net, clip)
-    data = build.datamodule(config, stage)
+    data = build.datamodule(config, stage, clip)
     preview = data.preview(part.trainer.preview)
 
     last = run / "checkpoints" / "last.ckpt"

@@ -71,7 +71,9 @@ class DecoderModule(L.LightningModule):
         return {}
 
     def embedding(self, batch: dict[str, Any]) -> Tensor:
-        """The scaled CLIP image embedding of each image, or of each clip's chosen frame, `b d`."""
+        """The scaled CLIP image embedding `b d`: of each image, of each clip's chosen frame, or the batch's own."""
+        if "image_embedding" in batch:
+            return scaled(batch["image_embedding"].float())
         if "image" in batch:
             return scaled(self.clip.encode_image(batch["image"]))
         video: Tensor = batch["video"]

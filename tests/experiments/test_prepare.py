@@ -1,0 +1,68 @@
+"""Embeddings computed once: resumable, and the same training from them as from the pictures."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.tars import expand
+from experiments import build
+from experiments.config import Config
+from experiments.prepare import embed
+from experiments.train import train
+
+
+@pytest.fixture
+def config(trained: Config, tmp_path: Path) -> Config:
+    """The trained micro cascade's CLIP, on shards of one's own."""
+    for shard in expand(trained.data.shards):
+        shutil.copy(shard, tmp_path)
+    shutil.copytree(build.run_folder(trained, "clip"), tmp_path / "runs" / trained.size / "clip")
+    data = replace(trained.data, shards=[str(tmp_path)], embeddings=True)
+    return replace(trained, runs=str(tmp_path / "runs"), data=data)
+
+
+def test_an_interrupted_embed_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="make embed"):
+        build.datamodule(config, "prior", build.load_clip(config)).preview(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert embed(config) == {"shards": 1, "samples": 64, "unreadable shards": 0, "unreadable samples": 0}
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    assert embed(config) == {"shards": 1, "samples": 64, "unreadable shards": 1, "unreadable samples": 0}
+    assert embed(config)["shards"] == 0
+
+
+def test_training_from_embeddings_is_training_from_pictures(config: Config) -> None:
+    embed(config)
+    clip = build.load_clip(config)
+    for stage in ("prior", "decoder"):
+        losses = []
+        for on in (True, False):
+            data = build.datamodule(replace(config, data=replace(config.data, embeddings=on)), stage, clip)
+            torch.manual_seed(0)
+            module = build.module(config, stage, build.network(config, stage), clip)
+            batch = data.preview(8)
+            assert ("image_embedding" in batch) == on and ("image" in batch) == (not on or stage == "decoder")
+            torch.manual_seed(0)
+            losses.append(float(module.loss(batch)))
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # float16 in the file
+        result = train(config, stage)
+        assert result["steps"] == 4 and not result["skipped"]
+
+
+def test_another_clip_has_other_embeddings(config: Config) -> None:
+    embed(config)
+    name = build.load_clip(config).name
+    other = build.run_folder(config, "clip") / "weights.safetensors"
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(bytes(data))
+    clip = build.load_clip(config)
+    assert clip.name != name
+    with pytest.raises(FileNotFoundError, match=f"no embeddings by {clip.name}"):
+        build.datamodule(config, "prior", clip).preview(1)
