@@ -96,7 +96,7 @@ def diffusers(width: int) -> nn.Module:
     """diffusers' UNet3DConditionModel, with attention in its two deeper levels."""
     from diffusers import UNet3DConditionModel
 
-    net: nn.Module = UNet3DConditionModel(
+    net: Any = UNet3DConditionModel(
         sample_size=SIDE,
         in_channels=3,
         out_channels=3,

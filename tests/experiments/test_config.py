@@ -57,6 +57,27 @@ def test_paper_has_the_papers_size() -> None:
     assert total == pytest.approx(9.6, rel=0.03)
 
 
+def test_the_readmes_table_of_parameters_is_counted() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    start = next(i for i, row in enumerate(table) if row[0] == "parameters")
+    columns = table[start][1:]
+    assert sorted(columns) == sizes()
+    rows = {row[0]: row[1:] for row in table[start + 2 : start + 9]}
+    stages = {"P": "prior", "D^t": "decoder_video", "upF": "interpolation", "SR_l^t": "sr_low_video", "SR_h": "sr_high"}
+    for i, size in enumerate(columns):
+        config = load(size)
+        with torch.device("meta"):
+            counts = {
+                name: sum(p.numel() for p in build.network(config, stage).parameters())
+                for name, stage in stages.items()
+            }
+        for name, count in {**counts, "five networks": sum(counts.values())}.items():
+            number, unit = rows[name][i].split()
+            last_digit = 10.0 ** -len(number.partition(".")[2])
+            assert abs(count / {"M": 1e6, "B": 1e9}[unit] - float(number)) <= 0.51 * last_digit, (name, size)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
