@@ -4,6 +4,7 @@ SIZE ?= tiny
 STAGE ?= decoder
 PROMPT ?= a 3D emoji of octopus
 ARGS ?=
+DATA ?= experiments/demo/pairs
 VENV ?= .venv
 PYTHON ?= python3
 
@@ -23,7 +24,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train-clip embed train-prior train-decoder train-sr-low train-sr-high finetune-video \
+.PHONY: help install demo index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
 	train-interpolation generate eval-fvd eval-clipsim bench bench-model test lint clean
 
 help: ## print this list
@@ -49,6 +50,12 @@ demo: $(READY) ## train all five networks on the data in the repository, then wr
 
 train-clip: $(READY) ## our own CLIP, where the config names no pretrained one
 	@$(RUN) -m experiments.train clip $(SIZE) $(ARGS)
+
+index: $(READY) ## an index beside each tar shard, once: training then starts at once
+	@$(RUN) -m experiments.prepare index $(SIZE) $(ARGS)
+
+inspect: $(READY) ## what the images or videos at DATA=path hold, what filters would take, a contact sheet
+	@$(RUN) -m experiments.prepare inspect "$(DATA)" $(ARGS)
 
 embed: $(READY) ## CLIP embeddings beside the shards, once; train P and D from them with ARGS=data.embeddings=true
 	@$(RUN) -m experiments.prepare embed $(SIZE) $(ARGS)

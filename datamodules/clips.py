@@ -4,8 +4,11 @@ Make-A-Video conditions on the frame rate and moves it from high to low in train
 section 3). The paper says "a beta function" and no more; the constants are ours.
 """
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import decord
 import numpy as np
@@ -14,6 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.pixels import random_crop, square
+
+Span = tuple[float, float]  # start and end in seconds from a video's first frame; the end is not part of it
+
+ROUNDING = 1e-3  # seconds: lists of spans have milliseconds, and so have the times in webm and mkv files
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,37 @@ class Curriculum:
         return self.m0 + (self.m1 - self.m0) * min(step / self.steps, 1.0)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which clips are worth training on, by the mean absolute difference of successive frames of the clip, 0..255.
+
+    The frames are those taken, so both limits depend on the rate: at 1 frame per second all moves more than at 30.
+    Data made of one shot each (WebVid) needs no `max_cut`; where cuts are listed, they are kept out by the list.
+    """
+
+    min_motion: float = 0.0  # the mean over the clip; below, it is static and dropped; 0 drops none
+    max_cut: float = 0.0  # of any two successive frames; above, there is a cut between them; 0 drops none
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.min_motion <= 255 and 0 <= self.max_cut <= 255):
+            raise ValueError(
+                f"Clips are kept by min_motion = {self.min_motion} and max_cut = {self.max_cut}; "
+                "give grey levels from 0 (off) to 255."
+            )
+
+    def check(self, clip: np.ndarray) -> None:
+        """Raises ValueError for a clip, uint8 (frames, h, w, 3), that is to be dropped."""
+        if not (self.min_motion or self.max_cut):
+            return
+        a, b = clip[1:], clip[:-1]
+        # The difference in uint8, which has no sign: several times faster than in a wider type.
+        change = (np.maximum(a, b) - np.minimum(a, b)).mean(axis=(1, 2, 3))
+        if change.mean() < self.min_motion:
+            raise ValueError("the clip is static")
+        if self.max_cut and change.max() > self.max_cut:
+            raise ValueError("the clip holds a cut")
+
+
 def time_stamps(start: float, f: float, frames: int) -> np.ndarray:
     """The times t0 + i / f of a clip's frames: (frames,) float64, seconds."""
     return start + np.arange(frames) / f
@@ -76,7 +114,8 @@ def choose_frames(
     start, and the rate achieved: (frames - 1) / (t_last - t_first) of the frames taken.
 
     duration: seconds. frame_times: (n,) rising, seconds, of all source frames. `f` is clamped to
-    [(frames - 1) / duration, native_fps]. Raises ValueError for a source too short for that.
+    [(frames - 1) / duration, native_fps]. Raises ValueError for a source too short for that, and for one
+    whose frames lie so unevenly that the rate achieved would not be within a factor of two of `f`.
     """
     if frames < 2:
         raise ValueError(f"a clip of {frames} frames has no rate; ask for at least 2")
@@ -92,42 +131,178 @@ def choose_frames(
     after = np.clip(np.searchsorted(frame_times, stamps), 1, len(frame_times) - 1)
     indices = np.where(stamps - frame_times[after - 1] <= frame_times[after] - stamps, after - 1, after)
     taken = float(frame_times[indices[-1]] - frame_times[indices[0]])
+    if not 0.5 <= taken * f / (frames - 1) <= 2:  # a gap of hours, by a wrong time stamp, is one such case
+        raise ValueError(f"the video's frames lie too unevenly for {frames} frames at a rate")
     return indices, (frames - 1) / taken
 
 
-def read_clip(
-    path: str | Path,
+@dataclass(frozen=True)
+class Video:
+    """An opened video: its decoder, and when each frame is shown, (n,) float64 rising seconds from the first."""
+
+    reader: Any
+    times: np.ndarray
+
+
+BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # of an mp4, those on the way to the tables of its samples
+# Of a track's samples: sizes, how many in each chunk, where chunks begin, durations; as type, bytes before, columns.
+TABLES = {
+    b"stsz": (">u4", 12, 1),
+    b"stsc": (">u4", 8, 3),
+    b"stco": (">u4", 8, 1),
+    b"co64": (">u8", 8, 1),
+    b"stts": (">u4", 8, 2),
+}
+
+
+def samples_end(file: BinaryIO, start: int, end: int, tables: dict[bytes, Any] | None = None) -> int:
+    """Where the last sample of an mp4 or mov ends by its tables, in bytes; 0 for a file of another kind.
+
+    decord crashes the process, instead of raising, on a file that ends before its last sample does, or that
+    claims to have billions of them.
+    """
+    last = 0
+    tables = {} if tables is None else tables
+    while start + 8 <= end:
+        file.seek(start)
+        head = file.read(16)
+        size, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
+        if size == 1:
+            size, body = int.from_bytes(head[8:], "big"), 16
+        stop = min(start + size, end) if size else end
+        if stop < start + body:
+            break
+        if kind in BOXES:
+            inner = {} if kind == b"trak" else tables
+            last = max(last, samples_end(file, start + body, stop, inner))
+        elif kind in TABLES:
+            dtype, skip, columns = TABLES[kind]
+            file.seek(start + body)
+            raw = file.read(stop - start - body)
+            rows = int.from_bytes(raw[skip - 4 : skip], "big")
+            same = kind == b"stsz" and any(raw[4:8])  # all samples have one size, which is not repeated
+            if not same and rows * columns * np.dtype(dtype).itemsize > len(raw) - skip:
+                raise ValueError("a table is larger than its box")
+            numbers = np.frombuffer(raw, dtype, 0 if same else rows * columns, skip if rows else 0).astype(np.int64)
+            tables[kind] = raw[:skip], numbers.reshape(-1, columns)
+        elif kind == b"mvex":  # the samples lie in fragments, with tables of their own
+            last = max(last, stop)
+        if kind == b"stbl" and tables.keys() >= {b"stsz", b"stsc"} and tables.keys() & {b"stco", b"co64"}:
+            last = max(last, _chunks_end(tables))
+        start = stop
+    return last
+
+
+def _chunks_end(tables: dict[bytes, Any]) -> int:
+    """The same of one track: a chunk begins at an offset and holds the next so many samples."""
+    head, sizes = tables[b"stsz"]
+    same, count = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
+    offsets = (tables.get(b"co64") or tables[b"stco"])[1][:, 0]
+    runs = tables[b"stsc"][1]  # the first chunk that it holds for, samples in a chunk, description
+    if not (count and len(offsets) and len(runs)):
+        return 0
+    run = np.searchsorted(runs[:, 0], np.arange(1, len(offsets) + 1), side="right") - 1
+    bounds = np.minimum(np.concatenate(([0], np.cumsum(runs[run, 1]))), count)
+    lengths = np.diff(bounds * same if same else np.concatenate(([0], np.cumsum(sizes)))[bounds])
+    timed = tables[b"stts"][1][:, 0].sum() if b"stts" in tables else 0  # a sample takes a byte, if not more
+    return int((offsets + lengths)[lengths > 0].max(initial=timed))
+
+
+def open_video(source: str | Path | bytes) -> Video:
+    """A video from a path, or from the bytes of a file.
+
+    Raises FileNotFoundError, and ValueError for what is damaged, no video, or has fewer than two frames. An AVI
+    with h264 is refused too: it stores no times, and decord then gives other frames than were asked for.
+    """
+    if not isinstance(source, bytes) and not Path(source).exists():
+        raise FileNotFoundError(f"There is no video at {source}.")
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            length = file.seek(0, io.SEEK_END)
+            ends = samples_end(file, 0, length)
+            file.seek(4)
+            lost = ends == 0 and file.read(4) == b"ftyp"  # an mp4 of which nobody can tell where its samples are
+    except Exception as error:
+        raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
+    if lost or ends > length or not length:
+        raise ValueError(f"the video cannot be opened ({'it is cut off' if length else 'it is empty'})")
+    try:
+        # Opened where it is used: a reader does not survive a fork. One thread: the workers are parallel
+        # already.
+        reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else str(source), num_threads=1)
+        # The stored times rather than index / rate, which is wrong for a variable frame rate. They are those of
+        # the frames, whatever duration the file claims.
+        times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
+    except Exception as error:
+        raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
+    if len(times) < 2:
+        raise ValueError("the video has fewer than two frames")
+    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
+        raise ValueError("the video has no rising time stamps")
+    return Video(reader, times - times[0])
+
+
+def choose_span(times: np.ndarray, spans: Sequence[Span], frames: int, rng: np.random.Generator) -> tuple[int, int]:
+    """One of `spans` as the range (first, end) of the frames in it, drawn by its length in seconds.
+
+    times: (n,) rising, seconds from the first frame. Those with fewer than `frames` frames are no candidates.
+    Raises ValueError where none is left.
+    """
+    # Never a frame before the start; and as the end may be rounded up, none within a millisecond of it.
+    firsts = np.searchsorted(times, [start - 1e-6 for start, _ in spans])
+    ends = np.searchsorted(times, [end - ROUNDING for _, end in spans])
+    if not (ends > firsts).any():
+        raise ValueError("the span lies outside the video")
+    fit = np.flatnonzero(ends - firsts >= max(frames, 2))
+    if not len(fit):
+        raise ValueError(f"the clip is too short for {frames} frames")
+    lengths = times[ends[fit] - 1] - times[firsts[fit]]
+    chosen = fit[rng.choice(len(fit), p=lengths / lengths.sum())] if len(fit) > 1 else fit[0]
+    return int(firsts[chosen]), int(ends[chosen])
+
+
+def take_clip(
+    video: Video,
     f: float,
     frames: int,
     resolution: int,
     rng: np.random.Generator,
     crop: int | None = None,
+    spans: Sequence[Span] | None = None,
+    keep: Keep = Keep(),
+) -> tuple[Tensor, float]:
+    """A clip of an opened video at about `f` frames per second, within one of `spans` if there are any.
+
+    Returns and raises as `read_clip`.
+    """
+    first, end = choose_span(video.times, spans, frames, rng) if spans else (0, len(video.times))
+    times = video.times[first:end]
+    duration = float(times[-1] - times[0])
+    indices, achieved = choose_frames(duration, (len(times) - 1) / duration, times, f, frames, rng)
+    try:
+        pixels = video.reader.get_batch((first + indices).tolist()).asnumpy()
+    except Exception as error:
+        raise ValueError(f"the video's frames cannot be decoded ({type(error).__name__})") from error
+    squares = np.stack([np.asarray(square(Image.fromarray(frame), resolution)) for frame in pixels])
+    keep.check(squares)
+    return random_crop(torch.from_numpy(squares).permute(3, 0, 1, 2).contiguous(), crop, rng), achieved
+
+
+def read_clip(
+    source: str | Path | bytes,
+    f: float,
+    frames: int,
+    resolution: int,
+    rng: np.random.Generator,
+    crop: int | None = None,
+    span: Span | None = None,
+    keep: Keep = Keep(),
 ) -> tuple[Tensor, float]:
     """A clip at about `f` frames per second as uint8 (3, frames, h, w), and its achieved rate.
 
     The short side becomes `resolution`, the centre square is cut, and with `crop` one random square of
-    it, the same in all frames. Raises FileNotFoundError, and ValueError for a file that is damaged or too
-    short.
+    it, the same in all frames. source: a path, or the bytes of a file. span: the seconds from the first frame
+    that it may show. Raises FileNotFoundError, and ValueError for a file that is damaged or too short, a span
+    outside it, and a clip that `keep` drops.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no video at {path}.")
-    try:
-        # Opened where it is used: a reader does not survive a fork. One thread: the workers are parallel
-        # already.
-        reader = decord.VideoReader(str(path), num_threads=1)
-        count = len(reader)
-        # The stored times rather than index / rate, which is wrong for a variable frame rate.
-        shown = np.asarray(reader.get_frame_timestamp(list(range(count))), dtype=np.float64).reshape(count, 2)
-    except Exception as error:
-        raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
-    times = shown[:, 0]
-    if count < 2 or not (np.isfinite(shown).all() and (np.diff(times) > 0).all()):
-        raise ValueError("the video has no rising time stamps")
-    native_fps = (count - 1) / float(times[-1] - times[0])
-    indices, achieved = choose_frames(float(shown[-1, 1] - times[0]), native_fps, times, f, frames, rng)
-    try:
-        pixels = reader.get_batch(indices.tolist()).asnumpy()
-    except Exception as error:
-        raise ValueError(f"the video's frames cannot be decoded ({type(error).__name__})") from error
-    squares = np.stack([np.asarray(square(Image.fromarray(frame), resolution)) for frame in pixels])
-    return random_crop(torch.from_numpy(squares).permute(3, 0, 1, 2).contiguous(), crop, rng), achieved
+    return take_clip(open_video(source), f, frames, resolution, rng, crop, [span] if span else None, keep)

@@ -1,41 +1,38 @@
 """CLIP embeddings computed once, in a file beside each shard: `00000.tar` -> `00000.<clip>.safetensors`.
 
 A file holds `image` and `text`, float16 `n d` of unit norm, a row for each sample of the shard in its order, and in its
-header a digest of the samples' keys. A sample that CLIP could not read has a row of zeros.
+header a digest of the samples. A sample that CLIP could not read has a row of zeros.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from datamodules.remote import exists, local, whole
 from datamodules.tars import Entry
 
 
-def beside(shard: str, clip: str) -> Path:
-    """The file with a shard's embeddings by the CLIP of that name."""
-    return Path(shard).with_suffix(f".{re.sub(r'[^A-Za-z0-9_-]+', '-', clip)}.safetensors")
+def beside(shard: str, clip: str) -> str:
+    """The address of the file with a shard's embeddings by the CLIP of that name."""
+    return f"{shard.removesuffix('.tar')}.{re.sub(r'[^A-Za-z0-9_-]+', '-', clip)}.safetensors"
 
 
 def missing(shards: Sequence[str], clip: str) -> list[str]:
-    """Shards that have no embeddings yet."""
-    return [shard for shard in shards if not beside(shard, clip).exists()]
+    """Shards that have no embeddings by this CLIP yet."""
+    return [shard for shard in shards if not exists(beside(shard, clip))]
 
 
 def write(entries: Sequence[Entry], clip: str, image: Tensor, text: Tensor) -> None:
     """Write the embeddings of a shard's entries, whole or not at all."""
-    path = beside(entries[0].shard, clip)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     header = {"clip": clip, "keys": digest(entries)}
-    save_file({"image": image.half().contiguous(), "text": text.half().contiguous()}, part, header)
-    os.replace(part, path)
+    with whole(beside(entries[0].shard, clip)) as part:
+        save_file({"image": image.half().contiguous(), "text": text.half().contiguous()}, part, header)
 
 
 def rows(entries: Sequence[Entry], clip: str) -> list[int]:
@@ -47,17 +44,21 @@ def rows(entries: Sequence[Entry], clip: str) -> list[int]:
     for shard, group in groupby(entries, key=lambda entry: entry.shard):
         members = list(group)
         path = beside(shard, clip)
-        with safe_open(path, "pt") as file:
-            if file.metadata()["keys"] != digest(members):
-                raise ValueError(f"{shard} has changed since its embeddings were computed: remove {path} and run "
-                                 "`make embed` again.")  # fmt: skip
+        try:
+            with safe_open(local(path), "pt") as file:
+                header = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it and run `make embed` again.") from None
+        if header.get("clip") != clip or header.get("keys") != digest(members):
+            raise ValueError(f"{path} is of another CLIP, or {shard} has changed since its embeddings were computed: "
+                             "remove it and run `make embed` again.")  # fmt: skip
         found += range(len(members))
     return found
 
 
 def read(shard: str, row: int, clip: str) -> dict[str, Tensor]:
     """`image_embedding` and `text_embedding`, float32 `d`. Raises ValueError for a row of zeros."""
-    with safe_open(beside(shard, clip), "pt") as file:
+    with safe_open(local(beside(shard, clip)), "pt") as file:
         image, text = (file.get_slice(name)[row].float() for name in ("image", "text"))
     if not image.any() or not text.any():
         raise ValueError("the sample could not be read when embeddings were computed")
@@ -66,5 +67,6 @@ def read(shard: str, row: int, clip: str) -> dict[str, Tensor]:
 
 
 def digest(entries: Sequence[Entry]) -> str:
-    """One value for the keys of a shard, in order."""
-    return hashlib.sha256("\n".join(entry.key for entry in entries).encode()).hexdigest()
+    """One value for the samples of a shard, in order: their keys, and where their files lie."""
+    lines = (f"{entry.key} {sorted(entry.members.items())}" for entry in entries)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

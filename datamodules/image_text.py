@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -11,9 +13,12 @@ import numpy as np
 from PIL import Image
 
 from datamodules import embeddings
+from datamodules.filters import FilterConfig, Filters
 from datamodules.pixels import check_sizes, random_crop, square, to_tensor
 from datamodules.shards import Sample, StreamDataModule
 from datamodules.tars import Entry, expand, index
+
+log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("json", "txt")
@@ -34,11 +39,12 @@ def decode(data: bytes, resolution: int) -> Image.Image:
         raise ValueError(f"the image cannot be decoded ({type(error).__name__})") from error
 
 
-def caption(entry: Entry, rng: np.random.Generator | None) -> str:
-    """The caption of a sample, from its .json or else its .txt, and with `rng` half of the time one of the
-    json's "alt_captions" instead. Raises ValueError for broken JSON, text that is not UTF-8, no caption.
+def metadata(entry: Entry) -> dict[str, Any]:
+    """What is known of a sample: its row of a CSV file or its .json, and under "caption" at least its .txt.
+
+    Raises ValueError for broken JSON, text that is not UTF-8, no caption.
     """
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = dict(entry.meta or {})
     text = ""
     if "txt" in entry.members:
         try:
@@ -50,17 +56,22 @@ def caption(entry: Entry, rng: np.random.Generator | None) -> str:
             meta = json.loads(entry.read("json").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError("the json is not UTF-8") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError("the json is not valid JSON") from error
         if not isinstance(meta, dict):
             raise ValueError("the json is not an object")
-    main = (_text(meta.get("caption")) or text).strip()
-    if not main:
+    meta["caption"] = (_text(meta.get("caption")) or text).strip()
+    if not meta["caption"]:
         raise ValueError("the caption is empty")
+    return meta
+
+
+def caption(meta: dict[str, Any], rng: np.random.Generator | None) -> str:
+    """The caption of a sample, and with `rng` half of the time one of its "alt_captions" instead."""
     listed = meta.get("alt_captions")
     alternatives = [alt for alt in map(_text, listed) if alt] if isinstance(listed, list) else []
     if rng is None or not alternatives or rng.random() < 0.5:
-        return main
+        return meta["caption"]
     return alternatives[int(rng.integers(len(alternatives)))]
 
 
@@ -86,12 +97,17 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each shard; the pictures of a plain folder are one."""
+        return [len(list(group)) for _, group in groupby(self.entries, lambda e: e.meta is None and e.shard)]
+
     def name(self, index: int) -> str:
         return f"{self.entries[index].shard}:{self.entries[index].key}"
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         entry = self.entries[index]
-        text = caption(entry, rng if self.random_caption else None)
+        text = caption(metadata(entry), rng if self.random_caption else None)
         sample: Sample = {"text": text, "key": entry.key}
         if self.clip:
             sample |= embeddings.read(entry.shard, self.rows[index], self.clip)
@@ -102,10 +118,31 @@ class Pairs:
         return sample
 
 
+@dataclass
+class Report:
+    """What was left out when shards were opened: unreadable as (file or "file:key", cause), and by each filter."""
+
+    problems: list[tuple[str, str]]
+    filtered: Counter[str]
+
+
 def open_pairs(
-    shards: Sequence[str], resolution: int, crop: int | None = None, random_caption: bool = False, clip: str = ""
-) -> tuple[Pairs, list[tuple[str, str]]]:
-    """The samples of shards, whose headers are read, and what was left out as (file or "file:key", cause)."""
+    shards: Sequence[str],
+    resolution: int,
+    crop: int | None = None,
+    random_caption: bool = False,
+    clip: str = "",
+    filters: Filters | None = None,
+) -> tuple[Pairs, Report]:
+    """The samples of shards that pass the filters; read are headers, and metadata where there is a filter.
+
+    Filters act here and not while training, so that the order of samples has no holes: no rank is left without data and
+    no neighbour is seen twice. A sample whose metadata cannot be read is left to training, which skips and counts it.
+
+    Raises:
+        FileNotFoundError: `clip` is named and a shard has no embeddings by it.
+        ValueError: not one sample can be read, or the filters take every one.
+    """
     entries, problems = index(shards, (IMAGES, CAPTIONS))
     without = embeddings.missing([shard for shard, _ in groupby(entries, lambda entry: entry.shard)], clip)
     if clip and without:
@@ -113,20 +150,38 @@ def open_pairs(
             f"{len(without)} shards have no embeddings by {clip}, the first is {without[0]}: "
             "run `make embed` with the same SIZE and data first."
         )
-    rows = tuple(embeddings.rows(entries, clip)) if clip else ()
-    return Pairs(entries, resolution, crop, random_caption, clip, rows), problems
+    rows = embeddings.rows(entries, clip) if clip else []
+    taken: Counter[str] = Counter()
+    if filters is not None and filters.active:
+        kept = []
+        for i, entry in enumerate(entries):
+            try:
+                meta = metadata(entry)
+            except ValueError:
+                kept.append(i)
+                continue
+            reason = filters.reason(meta, meta["caption"])
+            if reason:
+                taken[reason] += 1
+            else:
+                kept.append(i)
+        if not kept:
+            raise ValueError(f"The filters took every sample ({dict(taken)}); loosen data.filters.")
+        entries, rows = [entries[i] for i in kept], [rows[i] for i in kept] if rows else rows
+    return Pairs(entries, resolution, crop, random_caption, clip, tuple(rows)), Report(problems, taken)
 
 
 class ImageTextDataModule(StreamDataModule):
     """Batches {"image": uint8 (b, 3, h, w), "text": list[str], "key": list[str]} from tar shards, endless.
 
-    shards: .tar files, folders, globs or brace ranges. batch_size: samples of one rank. resolution: the
-    short side in pixels, before the centre square is cut; crop: side of a random crop of that square, or
-    None for all of it. seed: of order, crops and captions. workers: processes that decode; 0 decodes in
-    this one. random_caption: draw the caption from the main and the alternative ones, else always the
-    main one. clip: name of the CLIP whose embeddings come with each sample (`make embed`), or ""; then the
-    caption is the main one, and resolution 0 leaves the pictures out. Raises FileNotFoundError for missing
-    shards or embeddings, ValueError where not one sample can be read.
+    shards: .tar files at paths or fsspec addresses (s3://, https://), folders, globs or brace ranges; a folder
+    may hold a CSV and pictures instead. weights: of each of them in the mixture; none = all are one set.
+    batch_size: samples of one rank. resolution: the short side in pixels, before the centre square is cut; crop:
+    side of a random crop of that square, or None for all of it. seed: of order, crops and captions. workers:
+    processes that decode; 0 decodes in this one. random_caption: draw the caption from the main and the
+    alternative ones, else always the main one. clip: name of the CLIP whose embeddings come with each sample
+    (`make embed`), or ""; then the caption is the main one, and resolution 0 leaves the pictures out. filters: on
+    metadata. max_skipped, window: as in `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs` does.
     """
 
     def __init__(
@@ -139,26 +194,41 @@ class ImageTextDataModule(StreamDataModule):
         workers: int = 0,
         random_caption: bool = True,
         clip: str = "",
+        weights: Sequence[float] = (),
+        filters: FilterConfig | None = None,
+        max_skipped: float = 0.5,
+        window: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed, workers)
+        super().__init__(batch_size, seed, workers, max_skipped, window)
         if resolution or not clip:
             check_sizes(resolution, crop)
-        self.shards, self.clip, self.random_caption = shards, clip, random_caption and not clip
+        shards = [shards] if isinstance(shards, str) else list(shards)
+        if weights and len(weights) != len(shards):
+            raise ValueError(f"There are {len(weights)} weights of {len(shards)} sources; give one for each.")
+        self.groups = [[group] for group in shards] if weights else [shards]
+        self.weights = tuple(weights) or (1.0,)
+        self.filters = Filters(filters or FilterConfig())
+        self.clip, self.random_caption = clip, random_caption and not clip
         self.resolution, self.crop = resolution, crop
-        self._pairs: Pairs | None = None
+        self._pairs: list[Pairs] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the headers of all shards, once."""
-        if self._pairs is None:
-            self._pairs, problems = open_pairs(
-                expand(self.shards), self.resolution, self.crop, self.random_caption, self.clip
+        """Reads the headers of all shards, once, and with filters the metadata."""
+        if self._pairs:
+            return
+        for group in self.groups:
+            pairs, report = open_pairs(
+                expand(group), self.resolution, self.crop, self.random_caption, self.clip, self.filters
             )
-            self.note(problems)
+            self._pairs.append(pairs)
+            self.note(report.problems)
+            self.filtered += report.filtered
+        if self.filtered:
+            log.info("Filters took %s, %d samples are left.", dict(self.filtered), sum(map(len, self._pairs)))
 
-    def source(self) -> Pairs:
+    def sources(self) -> list[Pairs]:
         self.setup()
-        assert self._pairs is not None
         return self._pairs
 
     def preview_source(self) -> Pairs:
-        return replace(self.source(), random_caption=False)
+        return replace(self.sources()[0], random_caption=False)

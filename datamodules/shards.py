@@ -26,12 +26,84 @@ Batch = dict[str, Any]
 ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn within one
 
 
-@lru_cache(maxsize=2)  # positions rise, so at most two epochs are in use at a time
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of `n` samples in an epoch: (n,) int64, read-only, a pure function of its arguments."""
-    order = np.random.default_rng((seed, ORDER, epoch)).permutation(n)
+@lru_cache(maxsize=8)  # positions rise, so at most two epochs of a source are in use at a time
+def permutation(seed: int, epoch: int, n: int, group: int = -1) -> np.ndarray:
+    """An order of `n` things in an epoch: (n,) int64, read-only, a pure function of its arguments.
+
+    `group` names a part of the epoch with an order of its own.
+    """
+    key = (seed, ORDER, epoch) if group < 0 else (seed, ORDER, epoch, group)
+    order = np.random.default_rng(key).permutation(n)
     order.flags.writeable = False
     return order
+
+
+class Order:
+    """Which sample of a source stands at each position of an endless stream over epochs.
+
+    All samples are shuffled together; or, with a `window`, the shards are, and then the samples of each `window`
+    successive shards, so that no more than these are open at a time (remote shards, slow disks).
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], window: int = 0) -> None:
+        self.seed, self.window = seed, window if window < len(sizes) else 0
+        self.sizes = np.asarray(sizes)
+        self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
+        self.n = int(self.starts[-1])
+
+    def __call__(self, position: int) -> int:
+        epoch, offset = divmod(position, self.n)
+        if not self.window:
+            return int(permutation(self.seed, epoch, self.n)[offset])
+        shards, ends = self.groups(epoch)
+        group = int(np.searchsorted(ends, offset, side="right"))
+        first = int(ends[group - 1]) if group else 0
+        members = shards[group * self.window : (group + 1) * self.window]
+        within = int(permutation(self.seed, epoch, int(ends[group]) - first, group)[offset - first])
+        for shard in members:  # few: a window of them
+            if within < self.sizes[shard]:
+                return int(self.starts[shard]) + within
+            within -= int(self.sizes[shard])
+        raise AssertionError("an offset lies in its group")
+
+    def groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and where each group of them ends."""
+        if self._groups is None or self._groups[0] != epoch:
+            shards = permutation(self.seed, epoch, len(self.sizes), group=len(self.sizes))
+            totals = np.add.reduceat(self.sizes[shards], np.arange(0, len(shards), self.window))
+            self._groups = (epoch, shards, np.cumsum(totals))
+        return self._groups[1:]
+
+    _groups: tuple[int, np.ndarray, np.ndarray] | None = None
+
+
+class Mixture:
+    """Which source, and which of its positions, stands at a position of a weighted mixture.
+
+    Of every BLOCK positions each source has its share, in an order of their own.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, seed: int, weights: Sequence[float]) -> None:
+        if any(weight <= 0 for weight in weights):
+            raise ValueError(f"The weights {list(weights)} of the sources must be positive.")
+        exact = np.asarray(weights) / sum(weights) * self.BLOCK
+        counts = np.floor(exact).astype(int)
+        counts[np.argsort(counts - exact)[: self.BLOCK - counts.sum()]] += 1  # the largest remainders
+        if not counts.all():
+            raise ValueError(f"A source has less than a thousandth of the weights {list(weights)}.")
+        self.seed, self.counts = seed, counts
+        self.pattern = np.repeat(np.arange(len(counts)), counts)
+        self.earlier = np.concatenate([np.arange(count) for count in counts])  # of the same source in a block
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        if len(self.counts) == 1:
+            return 0, position
+        block, offset = divmod(position, self.BLOCK)
+        slot = permutation(self.seed, block, self.BLOCK, group=2**31)[offset]
+        source = int(self.pattern[slot])
+        return source, block * int(self.counts[source]) + int(self.earlier[slot])
 
 
 class Positions(Sampler[list[int]]):
@@ -69,29 +141,39 @@ class Source(Protocol):
 
 
 class Stream(Dataset[Sample]):
-    """The endless shuffled stream of a source: position -> sample, with failures noted under "skipped".
+    """The endless shuffled stream of sources: position -> sample, with failures noted under "skipped".
 
     A sample that fails to load is replaced by the one at the next position, so that batches keep their
     shape. Raises RuntimeError, with causes and examples, when `patience` samples in a row fail.
     """
 
-    def __init__(self, source: Source, seed: int, patience: int = 32) -> None:
-        self.source, self.seed, self.patience = source, seed, patience
+    def __init__(
+        self,
+        sources: Source | Sequence[Source],
+        seed: int,
+        patience: int = 32,
+        weights: Sequence[float] = (1.0,),
+        window: int = 0,
+    ) -> None:
+        self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
+        self.seed, self.patience = seed, patience
+        self.mixture = Mixture(seed, weights)
+        self.orders = [Order(seed, getattr(source, "sizes", [len(source)]), window) for source in self.sources]
 
-    def index(self, position: int) -> int:
-        """The index, in the source, of the sample at `position`."""
-        epoch, offset = divmod(position, len(self.source))
-        return int(permutation(self.seed, epoch, len(self.source))[offset])
+    def locate(self, position: int) -> tuple[Source, int]:
+        """The source of the sample at `position`, and its index there."""
+        source, within = self.mixture(position)
+        return self.sources[source], self.orders[source](within)
 
     def __getitem__(self, position: int) -> Sample:
         skipped: list[tuple[str, str]] = []
         for attempt in range(self.patience):
-            index = self.index(position + attempt)
+            source, index = self.locate(position + attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
             try:
-                return {**self.source.load(index, position, rng), "skipped": skipped}
+                return {**source.load(index, position, rng), "skipped": skipped}
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
-                skipped.append((self.source.name(index), describe(error)))
+                skipped.append((source.name(index), describe(error)))
         common = Counter(cause for _, cause in skipped).most_common(3)
         causes = "; ".join(f"{n} times: {cause}" for cause, n in common)
         examples = ", ".join(name for name, _ in skipped[:3])
@@ -147,24 +229,35 @@ class Batches:
 class StreamDataModule(LightningDataModule):
     """What the data modules share: a stream's loader, its place in a checkpoint, the count of failures.
 
-    A subclass gives `source()` and `preview_source()`. The checkpoint holds {"consumed": samples trained
-    on, over all ranks}; batches that were only fetched ahead do not count.
+    A subclass gives `source()` and `preview_source()`, or `sources()` and their `weights`. The checkpoint holds
+    {"consumed": samples trained on, over all ranks}; batches that were only fetched ahead do not count.
+
+    max_skipped: the share of samples that may be unreadable before the run stops and says why; judged after the
+    first 1,000. window: shards whose samples are shuffled together, 0 = all.
     """
 
-    def __init__(self, batch_size: int, seed: int, workers: int) -> None:
+    weights: Sequence[float] = (1.0,)
+
+    def __init__(self, batch_size: int, seed: int, workers: int, max_skipped: float = 0.5, window: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"The batch size is {batch_size}; give a whole number of at least 1.")
         if seed < 0 or workers < 0:
             raise ValueError(f"Seed {seed} and workers {workers} must not be negative; give 0 or more.")
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.max_skipped, self.window = max_skipped, window
         self.skipped: Counter[str] = Counter()
+        self.filtered: Counter[str] = Counter()  # samples that a filter took, by filter
+        self._seen, self._failed, self._examples = 0, 0, dict[str, str]()
         self._start = 0  # samples consumed when counting began
         self._progress: Any = None  # Lightning's count of batches, from when counting began
         self._processed = 0  # what it stood at then
 
     def source(self) -> Source:
         raise NotImplementedError
+
+    def sources(self) -> Sequence[Source]:
+        return [self.source()]
 
     def preview_source(self) -> Source:
         raise NotImplementedError
@@ -191,7 +284,7 @@ class StreamDataModule(LightningDataModule):
             self._processed = self._progress.total.processed
         rank = self.trainer.global_rank if self.trainer else 0
         loader: DataLoader[Sample] = DataLoader(
-            Stream(self.source(), self.seed),
+            Stream(self.sources(), self.seed, weights=self.weights, window=self.window),
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
             collate_fn=collate,
             num_workers=self.workers,
@@ -207,9 +300,22 @@ class StreamDataModule(LightningDataModule):
         self._start, self._progress = int(state_dict["consumed"]), None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Takes the failures out of the batch and counts them."""
-        if isinstance(batch, dict):
-            self.note(batch.pop("skipped", []))
+        """Takes the failures out of the batch and counts them.
+
+        Raises RuntimeError, with causes and examples, when more than `max_skipped` of the samples failed.
+        """
+        if isinstance(batch, dict) and "skipped" in batch:
+            failures = batch.pop("skipped")
+            self.note(failures)
+            self._failed += len(failures)
+            self._seen += len(failures) + len(batch.get("key", ()))
+            if self._seen >= 1000 and self._failed > self.max_skipped * self._seen:
+                worst = "; ".join(f"{n} times: {cause} (as in {self._examples[cause]})"
+                                  for cause, n in self.skipped.most_common(3))  # fmt: skip
+                raise RuntimeError(
+                    f"{self._failed} of {self._seen} samples could not be read, more than data.max_skipped="
+                    f"{self.max_skipped} allows. {worst}."
+                )
         return batch
 
     def note(self, failures: Sequence[tuple[str, str]]) -> None:
@@ -217,6 +323,7 @@ class StreamDataModule(LightningDataModule):
         for name, cause in failures:
             if cause not in self.skipped:
                 log.warning("Skipped %s: %s. Others like it are only counted.", name, cause)
+                self._examples[cause] = name
             self.skipped[cause] += 1
 
     def preview(self, n: int) -> Batch:

@@ -1,95 +1,77 @@
-"""Video without captions: clips listed in a WebVid CSV, of which only the file names are read.
+"""Video without captions, as batches of clips at drawn frame rates, whatever list they come from.
 
 Make-A-Video learns motion from unlabeled video. That no caption can leave this module is not a promise
 but a property: the captions are never kept, so there is nothing to leak.
 """
 
-import csv
+from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from datamodules.clips import Curriculum, read_clip
+from datamodules.clips import Curriculum, Keep, take_clip
 from datamodules.pixels import check_sizes
-from datamodules.shards import Sample, StreamDataModule
+from datamodules.shards import Batch, Sample, StreamDataModule
+from datamodules.tars import Entry
+from datamodules.video_sources import Clip, list_clips
 
-COLUMNS = ("videoid", "page_dir")  # all that is read; `name` holds the caption
-
-
-def list_clips(root: Path) -> list[tuple[str, str]]:
-    """(videoid, page_dir) of each row of the one CSV file in `root`, in its order.
-
-    Raises FileNotFoundError without a CSV, ValueError for several, missing columns, or no row with a video.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}; give the one that holds the CSV and the videos.")
-    tables = sorted(root.glob("*.csv"))
-    if not tables:
-        raise FileNotFoundError(f"There is no CSV file in {root}; give the folder that holds one.")
-    if len(tables) > 1:
-        names = ", ".join(table.name for table in tables)
-        raise ValueError(f"There are several CSV files in {root} ({names}); leave the one to train on.")
-    table = tables[0]
-    clips = []
-    try:
-        # Captions may be in any encoding: they are not read, so they need not be right.
-        with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            missing = [column for column in COLUMNS if column not in header]
-            if missing:
-                raise ValueError(f"{table} lacks the column {' and '.join(missing)}; WebVid's CSV has both.")
-            columns = [header.index(column) for column in COLUMNS]
-            for row in rows:
-                if len(row) > max(columns) and row[columns[0]]:
-                    clips.append((row[columns[0]], row[columns[1]]))
-    except csv.Error as error:
-        raise ValueError(f"{table} is not a CSV file ({error}); write it anew.") from None
-    if not any((root / page / f"{video}.mp4").exists() for video, page in clips):
-        raise ValueError(f"No video listed in {table} is there; expected is page_dir/videoid.mp4 in {root}.")
-    return clips
+EVERY = Keep()
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of a folder: {"video": uint8 (3, f, h, w), "fps": float32 (), "key": str}."""
+    """Listed clips: {"video": uint8 (3, f, h, w), "fps": float32 (), "key": str}."""
 
-    root: Path
-    clips: list[tuple[str, str]]  # (videoid, page_dir)
+    clips: list[Clip]
     frames: int
     resolution: int
     crop: int | None
     curriculum: Curriculum
     samples_per_step: int  # over all ranks: turns a position into a training step
+    keep: Keep = EVERY
     rate: float | None = None  # frames per second for all clips, in place of the curriculum's
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def path(self, index: int) -> Path:
-        video, page = self.clips[index]
-        return self.root / page / f"{video}.mp4"
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each shard; all that lies in no shard is one."""
+        shards = (clip.file.shard if isinstance(clip.file, Entry) else "" for clip in self.clips)
+        return [len(list(group)) for _, group in groupby(shards)]
 
     def name(self, index: int) -> str:
-        return f"{self.path(index)}:{self.clips[index][0]}"
+        return self.clips[index].name
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
+        clip = self.clips[index]
         f = self.rate or self.curriculum.draw(rng, position // self.samples_per_step)
-        video, fps = read_clip(self.path(index), f, self.frames, self.resolution, rng, self.crop)
-        return {"video": video, "fps": torch.tensor(fps, dtype=torch.float32), "key": self.clips[index][0]}
+        video, spans = clip.open()
+        pixels, fps = take_clip(video, f, self.frames, self.resolution, rng, self.crop, spans, self.keep)
+        return {"video": pixels, "fps": torch.tensor(fps, dtype=torch.float32), "key": clip.key}
 
 
 class VideoDataModule(StreamDataModule):
     """Batches {"video": uint8 (b, 3, f, h, w), "fps": float32 (b,), "key": list[str]}, endless.
 
-    root: the folder of a WebVid CSV (columns videoid, page_dir) and videos page_dir/videoid.mp4.
+    root: a folder of videos; a folder with a WebVid CSV (columns videoid, page_dir) and videos
+    page_dir/videoid.mp4, or that CSV; tar shards of video2dataset (a .tar, a folder, a glob or a brace range of
+    them); or an HD-VILA .jsonl with its videos beside it. `list_clips` tells them apart.
     batch_size: clips of one rank. frames: of a clip. resolution: the short side in pixels, before the
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
-    seed: of order, rates, starts and crops. workers: processes that decode.
+    seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
+    standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
+    them. window: as there.
     "fps" is the rate of the frames taken, not the one asked for. There is never text in a batch.
     Raises FileNotFoundError and ValueError as `list_clips` does.
+
+    rates: how many clips of this rank came at each achieved rate, rounded to a frame per second. Counted as batches
+    are handed to training, so that a callback can log it (one histogram a thousand steps, say); previews are not in
+    it, and it begins anew with the process.
     """
 
     def __init__(
@@ -103,35 +85,51 @@ class VideoDataModule(StreamDataModule):
         curriculum: Curriculum,
         seed: int = 0,
         workers: int = 0,
+        keep: Keep = EVERY,
+        max_skipped: float = 0.5,
+        window: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed, workers)
+        super().__init__(batch_size, seed, workers, max_skipped, window)
         check_sizes(resolution, crop)
         if frames < 2:
             raise ValueError(f"A clip has frames = {frames}; give at least 2, one frame has no rate.")
-        self.root, self.frames, self.resolution, self.crop = Path(root), frames, resolution, crop
-        self.curriculum = curriculum
-        self._clips: list[tuple[str, str]] | None = None
+        self.root, self.frames, self.resolution, self.crop = str(root), frames, resolution, crop
+        self.curriculum, self.keep = curriculum, keep
+        self.rates: Counter[int] = Counter()
+        self._clips: list[Clip] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the list of clips, once."""
-        if self._clips is None:
-            self._clips = list_clips(self.root)
+        """Reads the list of clips, once, and counts what is damaged in it."""
+        if not self._clips:
+            self._clips, problems = list_clips(self.root)
+            self.note(problems)
 
     def source(self) -> Clips:
         self.setup()
-        assert self._clips is not None
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         samples_per_step = self.batch_size * self.world * accumulate
         return Clips(
-            self.root,
             self._clips,
             self.frames,
             self.resolution,
             self.crop,
             self.curriculum,
             samples_per_step,
+            self.keep,
         )
 
     def preview_source(self) -> Clips:
         """All clips at the mean rate that the curriculum ends with."""
         return replace(self.source(), rate=self.curriculum.mean(self.curriculum.steps))
+
+    def preview(self, n: int) -> Batch:
+        rates = self.rates.copy()
+        batch = super().preview(n)
+        self.rates = rates
+        return batch
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Takes the failures out of the batch and counts them and the rates; raises as the base class does."""
+        if isinstance(batch, dict) and "fps" in batch:
+            self.rates.update(round(fps) for fps in batch["fps"].tolist())
+        return super().on_before_batch_transfer(batch, dataloader_idx)

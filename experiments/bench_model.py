@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.cli import for_people
+from experiments.config import load
 from models.unet import UNet, UNetConfig
 
 FRAMES, SIDE = 16, 64
@@ -33,6 +34,7 @@ EMBEDDING = 64
 class Bench:
     """The benchmark. Levels, blocks and places of attention of the default network are those of the peers."""
 
+    page: str = ""  # measure the D^t of this page of configs instead, as it is
     width: int = 64
     multiples: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     blocks: int = 1
@@ -71,8 +73,16 @@ class Row:
 
 def ours(bench: Bench, **changes: Any) -> UNet:
     """D^t of the benchmark's shape."""
-    shape = {key: getattr(bench, key) for key in ("width", "multiples", "blocks", "attention", "head_width")}
-    return UNet(UNetConfig(embedding_width=EMBEDDING, **shape, **changes), temporal=True)
+    shape = UNetConfig(
+        width=bench.width,
+        multiples=bench.multiples,
+        blocks=bench.blocks,
+        attention=bench.attention,
+        head_width=bench.head_width,
+    )
+    if bench.page:
+        shape = load(bench.page).decoder.unet
+    return UNet(replace(shape, embedding_width=EMBEDDING, **changes), temporal=True)
 
 
 def lucidrains(width: int) -> nn.Module:
@@ -182,8 +192,16 @@ def peak_memory(step: Callable[[], Any], resident: int, device: str) -> int:
     return resident + peak
 
 
-def measure(name: str, net: nn.Module, bench: Bench, device: str, precision: str, compiled: bool = False) -> Row:
-    """A row of the table."""
+def measure(
+    name: str,
+    net: nn.Module,
+    bench: Bench,
+    device: str,
+    precision: str,
+    compiled: bool = False,
+    plain: Row | None = None,
+) -> Row:
+    """A row of the table; operations are those of `plain`, if given, so that recomputing some does not count."""
     net = net.to(device)
     forward = call(net, bench.batch_size, FRAMES, device)
 
@@ -218,6 +236,8 @@ def measure(name: str, net: nn.Module, bench: Bench, device: str, precision: str
     net.zero_grad()
     memory = peak_memory(train, 4 * parameters(net), device)
     peak = sorted(peaks)[1]
+    if plain is not None:
+        forward_flops, training_flops = plain.forward_flops, plain.training_flops
     times = (forward_time, forward_flops, training_time, training_flops)
     return Row(name, precision, parameters(net), *times, peak, memory)
 
@@ -285,7 +305,9 @@ def main(arguments: list[str]) -> None:
     rows: list[Row] = []
 
     def add(name: str, make: Callable[[], nn.Module], precision: str, compiled: bool = False) -> None:
-        rows.append(measure(name, make(), bench, device, precision, compiled))
+        plain = next((row for row in rows if row.name == "ours" and row.precision == precision), None)
+        variant = plain if name.startswith("ours, ") else None
+        rows.append(measure(name, make(), bench, device, precision, compiled, variant))
         print(f"{name}, {precision}: training step {1000 * rows[-1].training:.0f} ms", flush=True)
 
     size = parameters(ours(bench))

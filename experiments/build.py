@@ -160,6 +160,9 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             curriculum=part.curriculum,
             seed=config.seed,
             workers=part.trainer.workers,
+            keep=config.data.keep,
+            max_skipped=config.data.max_skipped,
+            window=config.data.window,
         )
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the tar shards of captioned images.")
@@ -168,7 +171,17 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
         # CLIP has read the pictures already: the prior needs none, the decoder its own size.
         resolution = config.decoder.size if stage == "decoder" else 0
     return ImageTextDataModule(
-        config.data.shards, batch, resolution, crop, config.seed, part.trainer.workers, clip=embedded
+        config.data.shards,
+        batch,
+        resolution,
+        crop,
+        config.seed,
+        part.trainer.workers,
+        clip=embedded,
+        weights=config.data.weights,
+        filters=config.data.filters,
+        max_skipped=config.data.max_skipped,
+        window=config.data.window,
     )
 
 

@@ -15,7 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.clips import Curriculum
+from datamodules.clips import Curriculum, Keep
+from datamodules.filters import FilterConfig
 from lightning_modules.optim import OptimConfig
 from models.cascade import CascadeConfig
 from models.clip import ClipConfig
@@ -38,7 +39,7 @@ class TrainerConfig:
     devices: str = "auto"
     strategy: str = "auto"
     workers: int = 2  # processes that read data
-    clip_gradients: float = 1.0  # largest norm of the gradient
+    clip_gradients: float = 1.0  # largest norm of the gradient, 0 = any
     ema_decay: float = 0.9999
     compile: bool = False  # torch.compile the network, in place
     log_every: int = 50  # steps
@@ -117,7 +118,12 @@ class DataConfig:
     """Where the data are. Stills with captions and clips without are separate sets."""
 
     shards: list[str] = field(default_factory=list)  # tar shards of img2dataset; {00000..00009}.tar is a range
-    clips: str = ""  # folder with WebVid's CSV and mp4 files
+    weights: list[float] = field(default_factory=list)  # of each of them in the mixture; none = all are one set
+    filters: FilterConfig = field(default_factory=FilterConfig)  # on the metadata of images
+    window: int = 0  # shards whose samples are shuffled together, 0 = all
+    max_skipped: float = 0.5  # share of samples that may be unreadable before a run stops
+    clips: str = ""  # videos: a folder, WebVid's CSV, tar shards of video2dataset, or HD-VILA's .jsonl
+    keep: Keep = field(default_factory=Keep)  # which clips are dropped for standing still or for a cut
     embeddings: bool = False  # train P and D from CLIP embeddings that `make embed` wrote beside the shards
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from experiments import build
 from experiments.cli import for_people
 from experiments.config import Config, load, save
-from lightning_modules.callbacks import EMA, Probe, Samples, SkippedData, StepSeed
+from lightning_modules.callbacks import EMA, ClipGradients, DataCounts, Probe, Samples, StepSeed
 from lightning_modules.csv_logger import MetricsCSV
 
 
@@ -64,7 +64,6 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         max_steps=part.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
-        gradient_clip_val=part.trainer.clip_gradients,
         logger=loggers(config, stage, run, done),
         log_every_n_steps=part.trainer.log_every,
         enable_model_summary=False,
@@ -72,9 +71,10 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         default_root_dir=run,
         callbacks=[
             StepSeed(config.seed),
+            ClipGradients(part.trainer.clip_gradients),
             ema,
             Samples(preview, run / "samples", part.trainer.sample_every, ema, config.seed),
-            SkippedData(),
+            DataCounts(),
             probe,
             progress,
             ModelCheckpoint(

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
@@ -26,6 +28,23 @@ class StepSeed(L.Callback):
     ) -> None:
         key = f"{self.seed}/{batch_idx}/{trainer.global_rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+
+
+class ClipGradients(L.Callback):
+    """Limits the norm of all gradients together, and logs what it was.
+
+    In place of the Trainer's own, which refuses a fused optimiser in mixed precision.
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        trained = [p for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.limit or float("inf"))
+        pl_module.log("gradient_norm", norm)
 
 
 class EMA(L.Callback):
@@ -154,12 +173,30 @@ class Probe(L.Callback):
         self.values = list(state["values"])
 
 
-class SkippedData(L.Callback):
-    """Logs how many samples could not be read, and were replaced, so far."""
+class DataCounts(L.Callback):
+    """Logs what the data module counts: samples that a filter took, those that could not be read, and for clips the
+    histogram of their achieved frame rates, to W&B, with its mean."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        taken = getattr(trainer.datamodule, "filtered", None)  # type: ignore[attr-defined]
+        for logger in trainer.loggers if taken else ():
+            logger.log_metrics({f"data/filtered/{name}": float(n) for name, n in taken.items()}, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        skipped = getattr(trainer.datamodule, "skipped", None)  # type: ignore[attr-defined]
-        if skipped:
-            pl_module.log("data/skipped", float(sum(skipped.values())))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "skipped", None):
+            pl_module.log("data/skipped", float(sum(data.skipped.values())))
+        rates = getattr(data, "rates", None)
+        if not rates:
+            return
+        pl_module.log("data/fps", sum(fps * n for fps, n in rates.items()) / sum(rates.values()))
+        if trainer.global_step % max(1, 10 * trainer.log_every_n_steps) == 0:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    bins = np.arange(min(rates), max(rates) + 2)
+                    counts = np.array([rates[fps] for fps in bins[:-1]])
+                    histogram = wandb.Histogram(np_histogram=(counts, bins - 0.5))
+                    logger.experiment.log({"data/rates": histogram, "trainer/global_step": trainer.global_step})
+            rates.clear()  # the next histogram shows how far the curriculum has come since

@@ -12,7 +12,7 @@ from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
 from models.clip import Clip, scaled
 from models.diffusion import Diffusion
-from models.samplers import ddim, guided
+from models.samplers import clipped, ddim, guided
 from models.unet import UNet
 
 CLIP_FRAMES = ("first", "middle", "random", "mean")
@@ -102,7 +102,7 @@ class DecoderModule(L.LightningModule):
             pixel_denoiser(self.net, self.diffusion, drop=drop, **shared),
             self.guidance,
         )
-        made = ddim(denoise, torch.randn_like(real), self.diffusion.times(steps, self.device), lambda: real)
+        made = ddim(clipped(denoise), torch.randn_like(real), self.diffusion.times(steps, self.device), lambda: real)
         return {"real": real, "made": made, **given}
 
 

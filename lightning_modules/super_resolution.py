@@ -11,7 +11,7 @@ from lightning_modules.decoder import freeze_all_but_temporal, per_frame, pixels
 from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
 from models.diffusion import Diffusion, gaussian_blur, low_res_condition
-from models.samplers import ddim
+from models.samplers import clipped, ddim
 from models.unet import UNet
 
 
@@ -82,5 +82,5 @@ class SuperResolutionModule(L.LightningModule):
             resized(real, real.shape[-1] // self.factor), real.shape[-1], self.diffusion, level, noise
         )
         denoise = pixel_denoiser(self.net, self.diffusion, low_res=low, noise_level=level.clamp(min=0), fps=fps)
-        made = ddim(denoise, noise, self.diffusion.times(steps, self.device), lambda: noise)
+        made = ddim(clipped(denoise), noise, self.diffusion.times(steps, self.device), lambda: noise)
         return {"low": low, "made": made, "real": real}

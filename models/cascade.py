@@ -224,7 +224,7 @@ class MakeAVideo:
             calls += 1
             if self.on_step is not None:
                 self.on_step(name, calls, config.steps * parts)
-            # again after guidance, which may leave the range of pixels
+            # after guidance, which would not be that of the network's predictions on clipped ones
             return (x0.clamp(-1, 1) if stage.size else x0), fraction
 
         return SAMPLERS[config.sampler](counted, draw(), times, draw)
@@ -241,10 +241,10 @@ def stream(seed: int, name: str, index: int = 0) -> int:
 
 
 def pixel_denoiser(net: nn.Module, diffusion: Diffusion, **conditions: Any) -> Denoise:
-    """The denoiser of a pixel network under fixed conditions; the clean clip is clipped to [-1, 1]."""
+    """The denoiser of a pixel network under fixed conditions. Its x0 is not clipped: guidance comes first."""
 
     def denoise(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         prediction, fraction = split_variance(net(z, t, **conditions).float(), z.shape[1])
-        return diffusion.to_x0(prediction, z, t).clamp(-1, 1), fraction
+        return diffusion.to_x0(prediction, z, t), fraction
 
     return denoise

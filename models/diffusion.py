@@ -96,7 +96,7 @@ class Diffusion:
         return simple + self.config.vlb_weight * self.config.steps * bound
 
     def weight(self, t: Tensor) -> Tensor:
-        """min-SNR-gamma weights `(b,)` (arXiv 2303.09556), 1 if off; the v weight at SNR 0 is 0.01, not 0."""
+        """min-SNR-gamma weights `(b,)` (arXiv 2303.09556), 1 if off; at SNR 0 0.01, not 0, or it were never trained."""
         gamma = self.config.min_snr_gamma
         if gamma == 0:
             return torch.ones(len(t), device=t.device)
@@ -105,7 +105,7 @@ class Diffusion:
         clipped = snr.clamp(max=gamma)
         divisor = {"eps": snr.clamp(min=1e-12), "v": snr + 1, "x0": torch.ones_like(snr)}[self.config.prediction]
         weight = clipped / divisor
-        return torch.where(snr < 1, weight.clamp(min=0.01), weight).float()
+        return torch.where(snr == 0, 0.01, weight).float()
 
     def bound(self, mean_x0: Tensor, fraction: Tensor, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The term L_t of the variational bound, in bits per dimension `(b,)` (arXiv 2102.09672, section 2)."""

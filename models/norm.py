@@ -30,10 +30,12 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         weight, bias = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
         if scale is not None and shift is not None:
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        if x.is_contiguous(memory_format=torch.channels_last):
+            factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))  # bf16 has no number just above 1
+            weight, bias = weight * factor, bias * factor + shift
+        if x.is_contiguous(memory_format=torch.channels_last) and x.dtype != torch.float16:
             return Normalise.apply(x, weight, bias, self.groups, self.eps, self.silu)
-        x = F.group_norm(x, self.groups, eps=self.eps)  # of the common layout: torch's own layers
+        # Torch's own layers in the common layout, and in float16, in which squares overflow.
+        x = F.group_norm(x, self.groups, eps=self.eps)
         x = torch.addcmul(bias[..., None, None].to(x.dtype), x, weight[..., None, None].to(x.dtype))
         return F.silu(x) if self.silu else x
 
@@ -41,34 +43,38 @@ class Norm(nn.Module):
 class Normalise(torch.autograd.Function):
     """act(weight * (x - mean) / deviation + bias): weight and bias `n c`, mean and deviation of each group.
 
-    Sums and what follows from them are float32; passes over the pixels are in the precision of x.
+    Passes over the pixels are in the precision of x, sums and what follows from them in float32. The pixels are first
+    brought near zero by a rough mean, so that in bf16 a mean far above the deviation costs no digits.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         pixels, n = rows(x), x.shape[2] * x.shape[3]
-        mean = over_groups(total(pixels), groups) / n
-        square = over_groups(total(pixels * pixels), groups) / n
+        some = pixels[:, ::8]  # every eighth line
+        rough = wide(over_groups(total(some), groups) / (some.shape[1] * some.shape[2]), x)
+        near = pixels - rough
+        mean = over_groups(total(near), groups) / n
+        square = over_groups(total(near * near), groups) / n
         rate = ((square - mean * mean).clamp(min=0) + eps).rsqrt()
-        out = affine(pixels, rate * weight, bias - mean * rate * weight)
-        ctx.save_for_backward(x, weight, bias, mean, rate)
+        out = affine(near, rate * weight, bias - mean * rate * weight)
+        ctx.save_for_backward(x, weight, bias, rough, mean, rate)
         ctx.groups, ctx.silu = groups, silu
         return images(F.silu(out, inplace=True) if silu else out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rate = ctx.saved_tensors
-        pixels, n, g = rows(x), x.shape[2] * x.shape[3], rows(grad.to(x.dtype))
+        x, weight, bias, rough, mean, rate = ctx.saved_tensors
+        near, n, g = rows(x) - rough, x.shape[2] * x.shape[3], rows(grad.to(x.dtype))
         scale = rate * weight
         if ctx.silu:
-            g = torch.ops.aten.silu_backward(g, affine(pixels, scale, bias - mean * scale))
+            g = torch.ops.aten.silu_backward(g, affine(near, scale, bias - mean * scale))
         grad_bias = total(g)
-        grad_weight = rate * (total(g * pixels) - mean * grad_bias)
+        grad_weight = rate * (total(g * near) - mean * grad_bias)
         # What normalisation takes out of the gradient: its mean, and its part along the normalised x.
         a = over_groups(weight * grad_bias, ctx.groups) / n
         b = over_groups(weight * grad_weight, ctx.groups) / n
-        grad_x = affine(pixels, -rate * rate * b, rate * (rate * b * mean - a))
+        grad_x = affine(near, -rate * rate * b, rate * (rate * b * mean - a))
         grad_x = torch.addcmul(grad_x, g, wide(scale, g))
         return images(grad_x), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None
 
@@ -84,7 +90,7 @@ def images(pixels: Tensor) -> Tensor:
 
 
 def total(pixels: Tensor) -> Tensor:
-    """The sum over the pixels of each image, `n h w c` -> `n c`, at least float32 (bf16 within a line of pixels)."""
+    """The sum over the pixels of each image, `n h w c` -> `n c`, float32 or more; that of a line is rounded as x is."""
     return pixels.sum(2).sum(1, dtype=torch.promote_types(pixels.dtype, torch.float32))
 
 

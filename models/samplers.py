@@ -72,7 +72,7 @@ def guided(denoise: Denoise, unconditional: Denoise, scale: float, rescale: floa
     """Classifier-free guidance (arXiv 2207.12598) on the clean sample: x_u + w (x_c - x_u); w = 1 is none.
 
     Guidance widens the range of a sample. `rescale` in [0, 1] is the share of it that is taken back, by giving the
-    sample the deviation of x_c (arXiv 2305.08891, eqs. 14 to 16; 0.7 there).
+    sample the deviation of x_c (arXiv 2305.08891, eqs. 14 to 16 and 0.7 there, where x is the network's output).
     """
     if scale == 1:
         return denoise
@@ -86,6 +86,16 @@ def guided(denoise: Denoise, unconditional: Denoise, scale: float, rescale: floa
         return x0, fraction
 
     return both
+
+
+def clipped(denoise: Denoise) -> Denoise:
+    """Clean samples clipped to the range of pixels, [-1, 1]."""
+
+    def clip(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        x0, fraction = denoise(z, t)
+        return x0.clamp(-1, 1), fraction
+
+    return clip
 
 
 def seeded_draw(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Draw:

@@ -77,17 +77,35 @@ def test_a_shard_that_changed_is_refused(shards: Path, make_shard: Any) -> None:
         module(shards).setup()
 
 
+def test_the_same_keys_with_other_pictures_are_refused(shards: Path, make_shard: Any) -> None:
+    make_shard(shards / "a.tar", 5, size=(64, 64))
+    with pytest.raises(ValueError, match="a.tar has changed"):
+        module(shards).setup()
+
+
+@pytest.mark.parametrize("damage", ["another clip", "cut"])
+def test_a_foreign_or_damaged_file_is_refused(shards: Path, damage: str) -> None:
+    own = Path(embeddings.beside(str(shards / "a.tar"), CLIP))
+    if damage == "cut":
+        own.write_bytes(own.read_bytes()[:30])
+    else:  # a name that makes the same file
+        entries = open_pairs([str(shards / "a.tar")], 8)[0].entries
+        embeddings.write(entries, CLIP.replace("/", "-"), torch.ones(5, 3), torch.ones(5, 3))
+    with pytest.raises(ValueError, match="run\n?.*make embed"):
+        module(shards).setup()
+
+
 def test_a_corrupt_shard_needs_none(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     (shards / "broken.tar").write_bytes(b"x" * 2000)
     with caplog.at_level(logging.WARNING):
         data = module(shards)
         data.setup()
-    assert len(data.source()) == 10 and sum(data.skipped.values()) == 1
+    assert len(data.sources()[0]) == 10 and sum(data.skipped.values()) == 1
 
 
 def test_a_file_is_written_whole(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = open_pairs([str(shards / "a.tar")], 8)[0].entries
-    before = embeddings.beside(entries[0].shard, CLIP).read_bytes()
+    before = Path(embeddings.beside(entries[0].shard, CLIP)).read_bytes()
 
     def dies(tensors: Any, path: Path, header: Any) -> None:
         path.write_bytes(b"half")
@@ -96,4 +114,4 @@ def test_a_file_is_written_whole(shards: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(embeddings, "save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         embeddings.write(entries, CLIP, torch.ones(5, 3), torch.ones(5, 3))
-    assert embeddings.beside(entries[0].shard, CLIP).read_bytes() == before
+    assert Path(embeddings.beside(entries[0].shard, CLIP)).read_bytes() == before

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.shards import Positions, Stream, collate, permutation
+from datamodules.shards import Mixture, Order, Positions, Stream, collate, permutation
 from datamodules.tars import expand, index, scan
 
 
@@ -44,6 +44,57 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert (permutation(1, 0, 100) != first).any()
 
 
+SIZES = [5, 1, 0, 30, 7, 7, 2, 11]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 8, 50])
+def test_an_epoch_in_windows_of_shards_holds_every_sample_once(window: int) -> None:
+    n, order = sum(SIZES), Order(4, SIZES, window)
+    epochs = [[order(epoch * n + i) for i in range(n)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = Order(4, SIZES, window)
+    assert [again(p) for p in reversed(range(3 * n))] == [i for epoch in epochs for i in epoch][::-1]
+    assert [Order(5, SIZES, window)(p) for p in range(n)] != epochs[0]
+
+
+def test_a_window_keeps_few_shards_open() -> None:
+    sizes = [20] * 12
+    order = Order(0, sizes, 3)
+    shards = [order(p) // 20 for p in range(240)]
+    for start in range(0, 240, 60):
+        assert len(set(shards[start : start + 60])) == 3  # a group of shards at a time
+        assert len(set(shards[start : start + 10])) > 1  # and shuffled within
+    assert [order(p) // 20 for p in range(240, 480)] != shards
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [3, 1], [0.7, 0.2, 0.1], [1, 1, 1]])
+def test_a_mixture_has_its_weights_and_loses_nothing(weights: list[float]) -> None:
+    mixture = Mixture(2, weights)
+    drawn = [mixture(p) for p in range(5000)]
+    for source, weight in enumerate(weights):
+        positions = [within for s, within in drawn if s == source]
+        assert len(positions) / 5000 == pytest.approx(weight / sum(weights), abs=1e-3)
+        assert sorted(positions) == list(range(len(positions)))
+        share = [s for s, _ in drawn[:300]].count(source) / 300  # mixed, not one after the other
+        assert share == pytest.approx(weight / sum(weights), abs=0.1)
+    assert [Mixture(2, weights)(p) for p in range(4999, -1, -1)] == drawn[::-1]
+
+
+@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, 1e-5]])
+def test_weights_that_cannot_be_met_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(0, weights)
+
+
+def test_a_stream_of_two_sources() -> None:
+    stream = Stream([Numbers(10), Numbers(1000)], seed=0, weights=[1, 1])
+    keys = [int(stream[p]["key"]) for p in range(200)]
+    small = [key for key in keys if key < 10]
+    assert 80 < len(small) < 125 and len(set(small)) == 10  # ten epochs of the small one
+    assert len({key for key in keys if key >= 10}) > 80
+
+
 def test_a_sample_is_a_pure_function_of_its_position() -> None:
     stream, again = Stream(Numbers(10), seed=5), Stream(Numbers(10), seed=5)
     forward = [stream[i]["draw"].item() for i in range(25)]
@@ -67,7 +118,7 @@ def test_the_batches_have_no_length() -> None:
 
 def test_a_bad_sample_is_replaced_by_the_next_and_reported() -> None:
     clean, stream = Stream(Numbers(10), seed=0), Stream(Numbers(10, bad=(3,)), seed=0)
-    position = [clean.index(p) for p in range(10)].index(3)
+    position = [clean.locate(p)[1] for p in range(10)].index(3)
     sample = stream[position]
     assert sample["key"] == clean[position + 1]["key"]
     assert sample["skipped"] == [("numbers:3", "the number is bad")]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules import embeddings
 from datamodules.tars import expand
 from experiments import build
 from experiments.config import Config
-from experiments.prepare import embed
+from experiments.prepare import embed, index, share
 from experiments.train import train
 
 
@@ -29,12 +30,39 @@ def test_an_interrupted_embed_goes_on(config: Config, tmp_path: Path, monkeypatc
         build.datamodule(config, "prior", build.load_clip(config)).preview(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert embed(config) == {"shards": 1, "samples": 64, "unreadable shards": 0, "unreadable samples": 0}
+    assert embed(config) == {"shards": 1, "samples": 64}
+    monkeypatch.setenv("RANK", "1")
+    assert not embed(config)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
-    assert embed(config) == {"shards": 1, "samples": 64, "unreadable shards": 1, "unreadable samples": 0}
-    assert embed(config)["shards"] == 0
+    assert embed(config) == {"shards": 1, "samples": 64, "shards left without": 1}
+    assert embed(config) == {"shards left without": 1}
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_each_process_has_its_share(config: Config, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> None:
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv(names[0], str(rank))
+        monkeypatch.setenv(names[1], "2")
+        parts += share(config)
+    assert sorted(parts) == sorted(expand(config.data.shards)) and len(parts) == 2
+
+
+def test_the_index_is_kept_once(config: Config) -> None:
+    assert index(config) == {"shards": 2, "samples": 128}
+    assert not index(config)
+
+
+def test_a_disk_that_fails_does_not_become_a_row_of_zeros(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> bytes:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr("datamodules.tars.Entry.read", fails)
+    with pytest.raises(OSError, match="input/output"):
+        embed(config)
+    assert embeddings.missing(expand(config.data.shards), build.load_clip(config).name) == expand(config.data.shards)
 
 
 def test_training_from_embeddings_is_training_from_pictures(config: Config) -> None:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_modules.callbacks import EMA, StepSeed
+from lightning_modules.callbacks import EMA, ClipGradients, StepSeed
 from lightning_modules.clip import ClipModule
 from lightning_modules.decoder import DecoderModule, resized
 from lightning_modules.interpolation import InterpolationModule, random_masks
@@ -97,6 +97,17 @@ def test_the_decoder_learns_from_images(unet, clip, fit):
     assert torch.equal(given["embedding"], scaled(clip.encode_image(batch["image"])))
     (z2, t2), _ = spy.calls[1]
     assert not torch.equal(z, z2) and t.dtype == torch.long
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_with_every_optimiser(unet, clip, fit, precision, fused):
+    net = unet(embedding_width=16)
+    module = DecoderModule(net, PROCESS, clip, OptimConfig(fused=fused), SIDE)
+    fit(module, image_batch(), ClipGradients(1e-3), steps=1, precision=precision)
+    norm = torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None]).norm()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert module.trainer.callback_metrics["gradient_norm"] > 1e-2
 
 
 def test_the_decoder_learns_from_clips_without_text(unet, clip, fit):

@@ -10,6 +10,7 @@ from models.cascade import CascadeConfig, MakeAVideo, SamplingConfig, Stage, str
 from models.clip import scaled
 from models.diffusion import Diffusion, DiffusionConfig
 from models.prior import Prior, PriorConfig
+from models.samplers import SAMPLERS
 from models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +188,18 @@ def test_guidance_pushes_away_from_no_condition(cascade):
     three = cascade.decode(embedding, 6.0, [1], frames=2)
     close(three.clamp(-1, 1), (none + 3 * (one - none)).clamp(-1, 1))
     assert seen[1:] == [[False], [True]] * 2
+
+
+def test_guidance_is_of_predictions_that_are_not_clipped(cascade, monkeypatch):
+    """x_u + w (x_c - x_u) on x0 is that on eps; with clipped x0 it is not."""
+    seen = []
+    monkeypatch.setitem(SAMPLERS, "ddim", lambda denoise, z, times, draw: seen.append(denoise(z, times.t[:1])[0]) or z)
+    embedding = torch.randn(1, 16)
+    net = cascade.decoder.net
+    monkeypatch.setattr(net, "forward", lambda z, t, *, drop, **_: torch.full_like(z, 2.0 if drop.any() else 2.3))
+    cascade.config.decoder = SamplingConfig("ddim", 1, -4.0)
+    cascade.decode(embedding, 6.0, [3])
+    close(seen[0], torch.full_like(seen[0], 2.0 - 4 * 0.3))
 
 
 def test_guided_clips_stay_in_range(cascade):

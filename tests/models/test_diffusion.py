@@ -190,9 +190,7 @@ def test_min_snr_weights(prediction, divisor):
     process, t = diffusion(prediction=prediction, min_snr_gamma=5.0), torch.arange(1000)
     snr = process.abar / (1 - process.abar)
     expected = (snr.clamp(max=5) / divisor(snr)).float()
-    inside = expected > 0.01
-    assert inside.sum() > 500
-    torch.testing.assert_close(process.weight(t)[inside], expected[inside])
+    torch.testing.assert_close(process.weight(t), expected)
     (x0, eps), few = sample(), torch.tensor([200, 400, 500, 600])
     z, output = process.noised(x0, few, eps), torch.randn(4, 3, 2, 4, 4)
     plain = diffusion(prediction=prediction).loss(output, x0, z, few, eps)

@@ -89,11 +89,25 @@ def test_it_keeps_its_input_alone_for_backward(randomise):
     assert large == {x.data_ptr()}
 
 
-@pytest.mark.parametrize("mean", [30.0, -100.0])
-def test_a_large_mean_does_not_drown_the_deviation(mean, randomise):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean, deviation", [(30.0, 1.0), (-100.0, 1.0), (0.0, 300.0)])
+def test_neither_a_large_mean_nor_a_large_deviation_costs_digits(dtype, mean, deviation, randomise):
     norm = randomise(Norm(C, silu=False))
-    x = inputs(offset=0)[0]
-    torch.testing.assert_close(norm(x + mean), norm(x), atol=2e-2, rtol=2e-2)
+    x = torch.randn(N, C, 64, 32) * deviation + mean
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    truth = torchs(norm, x.double(), None, None)
+    limit = 3 * distance(torchs(norm, x, None, None).double(), truth)
+    assert distance(norm(x).double(), truth) < max(limit, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_small_scale_is_heard_in_bf16(randomise):
+    norm = Norm(C, silu=False)
+    x, _, shift = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            norm(x, torch.full((N, C), 1e-3).bfloat16(), shift.bfloat16()) - shift.bfloat16()[..., None, None],
+            norm(x) * 1.001, atol=1e-5, rtol=1e-4,
+        )  # fmt: skip
 
 
 def test_a_flat_picture_is_finite(randomise):

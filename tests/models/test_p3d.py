@@ -67,15 +67,6 @@ def test_the_convolution_is_the_papers(randomise):
     torch.testing.assert_close(conv(x, FRAMES), y, atol=1e-5, rtol=1e-5)
 
 
-def test_stride_acts_on_space_alone(randomise):
-    conv = randomise(PseudoConv3d(C, C, stride=2, temporal=True))
-    x = rows()
-    y = rearrange(conv.spatial(x), "(b f) c h w -> (b h w) c f", f=FRAMES)
-    y = F.conv1d(y, conv.temporal.weight.squeeze(-1), conv.temporal.bias, padding=1)
-    y = rearrange(y, "(b h w) c f -> (b f) c h w", h=H // 2, w=W // 2)
-    torch.testing.assert_close(conv(x, FRAMES), y, atol=1e-5, rtol=1e-5)
-
-
 def test_the_attention_is_the_papers(randomise):
     layer, width = randomise(TemporalAttention(C, 8)), 8
     x = rows()
@@ -108,9 +99,10 @@ def test_gradients_of_both_layers(randomise):
     attention = randomise(PseudoAttention3d(4, 2, context_width=3, temporal=True)).double()
     x = rows(torch.float64, c=2, frames=3, h=2, w=2).requires_grad_()
     context = torch.randn(B * 3, 1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: conv(x, 3), (x,))
+    assert torch.autograd.gradcheck(lambda x, *weights: conv(x, 3), (x, *conv.parameters()))
     x = rows(torch.float64, c=4, frames=3, h=2, w=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, context: attention(x, 3, context), (x, context))
+    everything = (x, context, *attention.parameters())
+    assert torch.autograd.gradcheck(lambda x, context, *weights: attention(x, 3, context), everything)
 
 
 def test_time_is_swapped_without_a_copy():

@@ -1,0 +1,111 @@
+"""Files at any fsspec address (S3, HTTP, GCS, ...), fetched whole into a folder of this machine when first needed.
+
+The folder is $MAKE_A_VIDEO_CACHE, by default ~/.cache/make-a-video. With $MAKE_A_VIDEO_CACHE_GIB set, the files that
+were not used for longest make room for new ones.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+import fsspec
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+STALL = 60.0  # seconds without a byte after which a server is given up
+
+
+def is_remote(address: str) -> bool:
+    return "://" in address
+
+
+def local(address: str) -> str:
+    """The path of a file on this machine; a remote one is fetched if it is not here yet.
+
+    Raises FileNotFoundError where the server has no such file, ValueError where it cannot be had after retries.
+    """
+    if not is_remote(address):
+        return address
+    path = folder() / (hashlib.sha256(address.encode()).hexdigest()[:24] + Path(address.split("?")[0]).suffix)
+    if not path.exists():
+        with FileLock(f"{path}.lock"):  # workers of all ranks want the same shard at the same time
+            if not path.exists():
+                make_room(path.parent)
+                fetch(address, path)
+    else:
+        os.utime(path)
+    return str(path)
+
+
+def fetch(address: str, path: Path) -> None:
+    """Copy a remote file to `path`, whole or not at all, with retries that wait longer each time."""
+    part = path.with_name(path.name + ".part")
+    for attempt in range(ATTEMPTS):
+        try:
+            system, remote = fsspec.core.url_to_fs(address, **options(address))
+            system.get_file(remote, str(part))
+            os.replace(part, path)
+            return
+        except (FileNotFoundError, PermissionError):  # S3 forbids what is not there
+            raise FileNotFoundError(f"There is no file at {address}, or none that may be read.") from None
+        except Exception as error:  # every kind of server has errors of its own
+            cause = type(error).__name__
+            log.warning("Could not fetch %s (%s: %s), attempt %d.", address, cause, error, attempt + 1)
+            time.sleep(2.0**attempt if attempt < ATTEMPTS - 1 else 0)
+    raise ValueError(f"the shard could not be fetched in {ATTEMPTS} attempts ({cause})")
+
+
+def exists(address: str) -> bool:
+    if not is_remote(address):
+        return os.path.exists(address)
+    system, remote = fsspec.core.url_to_fs(address, **options(address))
+    return bool(system.exists(remote))
+
+
+@contextmanager
+def whole(address: str) -> Iterator[Path]:
+    """A path to write to, which takes its place at the address when all is written, and not before."""
+    part = folder() / uuid4().hex if is_remote(address) else Path(f"{address}.{os.getpid()}.part")
+    try:
+        yield part
+        if is_remote(address):
+            system, remote = fsspec.core.url_to_fs(address, **options(address))
+            system.put_file(str(part), remote)
+        else:
+            os.replace(part, address)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def options(address: str) -> dict[str, Any]:
+    """For HTTP a limit of time between two bytes: a server that stalls must not stop a run."""
+    if not address.startswith("http"):
+        return {}
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)}}
+
+
+def folder() -> Path:
+    path = Path(os.environ.get("MAKE_A_VIDEO_CACHE", "~/.cache/make-a-video")).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def make_room(cache: Path) -> None:
+    """Remove the files unused for longest until the cache is below its limit."""
+    limit = float(os.environ.get("MAKE_A_VIDEO_CACHE_GIB", "inf")) * 2**30
+    files = sorted((f for f in cache.iterdir() if f.suffix not in (".lock", ".part")), key=lambda f: f.stat().st_mtime)
+    total = sum(f.stat().st_size for f in files)
+    for file in files:
+        if total < limit:
+            return
+        total -= file.stat().st_size
+        file.unlink(missing_ok=True)  # a reader that has it open keeps it

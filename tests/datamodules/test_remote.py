@@ -1,0 +1,147 @@
+"""Shards at other addresses, on a server that fails now and then."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from datamodules import ImageTextDataModule, embeddings, remote
+from datamodules.image_text import open_pairs
+from datamodules.tars import expand, index_beside, write_index
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MAKE_A_VIDEO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Server:
+    """Serves a folder; `moods` are what the next requests of a file meet: 503, "stall", "cut"."""
+
+    def __init__(self, folder: Path) -> None:
+        self.moods: dict[str, list[Any]] = {}
+        self.requests: Counter[str] = Counter()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.do_GET(body=False)
+
+            def do_GET(self, body: bool = True) -> None:
+                name = self.path.lstrip("/")
+                path = folder / name
+                mood = server.moods.get(name, []).pop(0) if body and server.moods.get(name) else 200
+                server.requests[name] += body
+                if not path.is_file() or mood == 503:
+                    self.send_error(503 if mood == 503 else 404)
+                    return
+                data = path.read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if body and mood == "stall":
+                    time.sleep(1.0)
+                elif body:
+                    self.wfile.write(data[: len(data) // 2] if mood == "cut" else data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(tmp_path: Path, make_shard: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    (tmp_path / "served").mkdir()
+    for i in range(2):
+        make_shard(tmp_path / "served" / f"{i:05d}.tar", 5, first=5 * i)
+    monkeypatch.setattr(remote, "STALL", 0.3)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    running = Server(tmp_path / "served")
+    yield running
+    running.http.shutdown()
+
+
+@pytest.mark.parametrize("mood", [503, "stall", "cut"])
+def test_a_server_that_fails_is_asked_again(server: Server, mood: Any) -> None:
+    server.moods["00001.tar"] = [mood, mood]
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 5, 16)
+    keys = [key for batch in islice(iter(data.train_dataloader()), 2) for key in batch["key"]]
+    assert sorted(keys) == [f"{i:09d}" for i in range(10)]
+    assert server.requests["00001.tar"] == 3 and server.requests["00000.tar"] == 1
+
+
+def test_a_shard_that_cannot_be_had_is_skipped_and_counted(
+    server: Server, caplog: pytest.LogCaptureFixture, cache: Path
+) -> None:
+    server.moods["00001.tar"] = [503] * 100
+    with caplog.at_level(logging.WARNING):
+        data = ImageTextDataModule([server.address + "/{00000..00002}.tar"], 5, 16)
+        data.setup()
+    assert len(data.sources()[0]) == 5
+    assert sum(data.skipped.values()) == 2 and "the shard is not there" in data.skipped
+    assert any("4 attempts" in cause for cause in data.skipped)
+    assert not list(cache.glob("*.part"))
+
+
+def test_an_index_beside_the_shard_saves_fetching_it(server: Server, tmp_path: Path) -> None:
+    for i in range(2):
+        assert write_index(str(tmp_path / "served" / f"{i:05d}.tar")) == 5
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 1, 16, window=1)
+    data.setup()
+    assert server.requests["00000.tar"] == server.requests["00001.tar"] == 0
+    for batch in islice(iter(data.train_dataloader()), 5):
+        assert batch["image"].shape == (1, 3, 16, 16)
+    assert server.requests["00000.tar"] + server.requests["00001.tar"] == 1  # a window of one shard
+
+
+def test_a_stale_index_is_not_believed(tmp_path: Path, make_shard: Any) -> None:
+    path = str(make_shard(tmp_path / "a.tar", 3))
+    write_index(path)
+    make_shard(tmp_path / "a.tar", 40, first=50)
+    assert [entry.key for entry in open_pairs([path], 8)[0].entries][0] == "000000050"
+    Path(index_beside(path)).write_text("{broken")
+    assert len(open_pairs([path], 8)[0]) == 40
+
+
+def test_indices_and_embeddings_are_written_at_the_shards_address(tmp_path: Path, make_shard: Any) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put_file(str(make_shard(tmp_path / "a.tar", 4)), "/pairs/00000.tar")
+    (shard,) = expand("memory://pairs/*.tar")
+    assert shard == "memory:///pairs/00000.tar" or shard == "memory://pairs/00000.tar"
+    assert write_index(shard) == 4
+    assert memory.exists("/pairs/00000.index.json")
+    pairs = open_pairs([shard], 8)[0]
+    embeddings.write(pairs.entries, "clip", torch.ones(4, 3), torch.ones(4, 3))
+    assert memory.exists("/pairs/00000.clip.safetensors")
+    batch = next(iter(ImageTextDataModule(shard, 4, 0, clip="clip").train_dataloader()))
+    assert batch["image_embedding"].shape == (4, 3)
+    memory.rm("/pairs", recursive=True)
+
+
+def test_the_cache_makes_room(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Path(remote.local(server.address + "/00000.tar"))
+    monkeypatch.setenv("MAKE_A_VIDEO_CACHE_GIB", str(first.stat().st_size * 0.9 / 2**30))
+    second = Path(remote.local(server.address + "/00001.tar"))
+    assert second.exists() and not first.exists()
+
+
+def test_what_is_fetched_at_once_is_fetched_once(server: Server) -> None:
+    threads = [threading.Thread(target=remote.local, args=(server.address + "/00000.tar",)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.requests["00000.tar"] == 1

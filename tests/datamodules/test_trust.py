@@ -1,0 +1,150 @@
+"""Real processes: killed and resumed on the same and on other numbers of ranks and workers; ranks never hang."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules import Curriculum, VideoDataModule
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("keys_run.py")
+
+
+def start(folder: Path, steps: int, workers: int, world: int, batch: int, *rest: str) -> list[subprocess.Popen[bytes]]:
+    """Start a run, a process for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    processes = []
+    for rank in range(world):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if world > 1:
+            environment |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "keys"}
+        arguments = [str(folder), str(steps), str(workers), str(batch), *rest]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), *arguments],
+                env=environment,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"errors_{rank}.txt").open("w"),
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[bytes]], folder: Path, limit: float = 120) -> None:
+    """Wait for every rank; a rank that hangs fails the test."""
+    for rank, process in enumerate(processes):
+        try:
+            assert process.wait(limit) == 0, (folder / f"errors_{rank}.txt").read_text()[-2000:]
+        except subprocess.TimeoutExpired:
+            kill(processes)
+            pytest.fail("a rank hangs")
+
+
+def kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def trained(folder: Path) -> dict[int, list[str]]:
+    """The keys of each step, over all ranks; of a step that was done twice, the last time."""
+    steps: dict[int, dict[int, list[str]]] = {}
+    for path in sorted(folder.glob("keys_*.txt")):
+        rank = int(path.stem.split("_")[1])
+        for line in path.read_text().splitlines():
+            step, *keys = line.split()
+            steps.setdefault(int(step), {})[rank] = keys
+    return {step: [key for rank in sorted(ranks) for key in ranks[rank]] for step, ranks in steps.items()}
+
+
+def run_and_kill(folder: Path, steps: int, workers: int, world: int, batch: int, *rest: str) -> None:
+    """Start a run and kill it with SIGKILL somewhere between its first and last step."""
+    processes = start(folder, steps, workers, world, batch, *rest)
+    deadline = time.time() + 120
+    while not (folder / "last.ckpt").exists() or len(trained(folder)) < 3:
+        assert time.time() < deadline and processes[0].poll() is None, (folder / "errors_0.txt").read_text()[-2000:]
+        time.sleep(0.01)
+    kill(processes)
+    assert len(trained(folder)) < steps, "the run was over before it could be killed"
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_shard: Any) -> str:
+    """Three uneven shards of 23, 2 and 5 samples, one of them broken."""
+    (tmp_path / "shards").mkdir()
+    make_shard(tmp_path / "shards" / "a.tar", 23, broken={4: {"jpg": b"no picture"}})
+    make_shard(tmp_path / "shards" / "b.tar", 2, first=23)
+    make_shard(tmp_path / "shards" / "c.tar", 5, first=25)
+    return str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("workers, world", [(0, 1), (2, 1), (2, 2)])
+def test_killed_and_resumed_the_keys_are_the_same(tmp_path: Path, shards: str, workers: int, world: int) -> None:
+    steps, batch = 400, 2
+    run_and_kill(tmp_path / "killed", steps, workers, world, batch, shards)
+    upto = max(trained(tmp_path / "killed")) + 20
+    finish(start(tmp_path / "killed", upto, workers, world, batch, shards), tmp_path)
+    finish(start(tmp_path / "whole", upto, workers, world, batch, shards), tmp_path)
+    assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
+
+
+def test_on_other_ranks_and_workers_nothing_is_lost_or_repeated(tmp_path: Path, shards: str) -> None:
+    folder = tmp_path / "run"
+    finish(start(folder, 5, 2, 2, 3, shards), folder)  # 30 samples: one epoch
+    first = [key for step in range(5) for key in trained(folder)[step]]
+    finish(start(folder, 10, 0, 1, 3, shards), folder)
+    finish(start(folder, 15, 1, 1, 3, shards), folder)
+    (folder / "keys_1.txt").unlink()
+    later = [key for step in range(5, 15) for key in trained(folder)[step]]
+    for epoch in (first, later):
+        counts = Counter(epoch)
+        assert len(epoch) == 30 and len(counts) == 29 and "000000004" not in counts  # the broken one's neighbour twice
+        assert sorted(counts.values())[-2:] == [1, 2]
+
+
+@pytest.mark.parametrize("case", ["fewer shards than ranks", "one is filtered away"])
+def test_ranks_never_hang(tmp_path: Path, make_shard: Any, case: str) -> None:
+    (tmp_path / "shards").mkdir()
+    rest: tuple[str, ...] = (str(tmp_path / "shards"),)
+    good = {i: {"json": json.dumps({"caption": "c", "punsafe": 0.1}).encode()} for i in range(3)}
+    make_shard(tmp_path / "shards" / "a.tar", 3, broken=good)
+    if case == "one is filtered away":
+        bad = {i: {"json": json.dumps({"caption": "c", "punsafe": 0.9}).encode()} for i in range(10, 40)}
+        make_shard(tmp_path / "shards" / "b.tar", 30, first=10, broken=bad)
+        rest += ("0.5",)
+    finish(start(tmp_path / "run", 6, 1, 2, 2, *rest), tmp_path / "run")
+    seen = trained(tmp_path / "run")
+    assert len(seen) == 6 and all(len(keys) == 4 for keys in seen.values())
+    assert {key for keys in seen.values() for key in keys} == {f"{i:09d}" for i in range(3)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident size is read from /proc")
+def test_memory_is_flat(tmp_path: Path, make_video: Any) -> None:
+    """Resident size of this process and two workers after many clips, 20,000 with CLIPS=20000, and after the first 1,000."""
+    for i in range(8):
+        make_video(tmp_path / "clips" / f"{i}.mp4", list(range(0, 48)), size=(64, 48))
+    data = VideoDataModule(str(tmp_path / "clips"), 20, 8, 32, curriculum=Curriculum(steps=100), workers=2)
+    batches = iter(data.train_dataloader())
+    total, sizes = int(os.environ.get("CLIPS", 4000)), {}
+    for step in range(1, total // 20 + 1):
+        data.on_before_batch_transfer(next(batches), 0)
+        if step in (50, total // 20):
+            pids = ["self", *(worker.pid for worker in batches._workers)]
+            sizes[step] = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    assert not data.skipped
+    print(sizes)
+    assert sizes[total // 20] < 1.05 * sizes[50], sizes
