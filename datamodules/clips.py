@@ -175,6 +175,8 @@ def samples_end(file: BinaryIO, start: int, end: int, tables: dict[bytes, Any] |
         if kind in BOXES:
             inner = {} if kind == b"trak" else tables
             last = max(last, samples_end(file, start + body, stop, inner))
+            if kind == b"trak" and not _complete(inner):
+                raise ValueError("a track lacks a table")
         elif kind in TABLES:
             dtype, skip, columns = TABLES[kind]
             file.seek(start + body)
@@ -187,10 +189,14 @@ def samples_end(file: BinaryIO, start: int, end: int, tables: dict[bytes, Any] |
             tables[kind] = raw[:skip], numbers.reshape(-1, columns)
         elif kind == b"mvex":  # the samples lie in fragments, with tables of their own
             last = max(last, stop)
-        if kind == b"stbl" and tables.keys() >= {b"stsz", b"stsc"} and tables.keys() & {b"stco", b"co64"}:
+        if kind == b"stbl" and _complete(tables):
             last = max(last, _chunks_end(tables))
         start = stop
     return last
+
+
+def _complete(tables: dict[bytes, Any]) -> bool:
+    return tables.keys() >= {b"stsz", b"stsc", b"stts"} and bool(tables.keys() & {b"stco", b"co64"})
 
 
 def _chunks_end(tables: dict[bytes, Any]) -> int:
@@ -204,7 +210,7 @@ def _chunks_end(tables: dict[bytes, Any]) -> int:
     run = np.searchsorted(runs[:, 0], np.arange(1, len(offsets) + 1), side="right") - 1
     bounds = np.minimum(np.concatenate(([0], np.cumsum(runs[run, 1]))), count)
     lengths = np.diff(bounds * same if same else np.concatenate(([0], np.cumsum(sizes)))[bounds])
-    timed = tables[b"stts"][1][:, 0].sum() if b"stts" in tables else 0  # a sample takes a byte, if not more
+    timed = tables[b"stts"][1][:, 0].sum()  # a sample takes a byte, if not more
     return int((offsets + lengths)[lengths > 0].max(initial=timed))
 
 
@@ -225,7 +231,7 @@ def open_video(source: str | Path | bytes) -> Video:
     except Exception as error:
         raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
     if lost or ends > length or not length:
-        raise ValueError(f"the video cannot be opened ({'it is cut off' if length else 'it is empty'})")
+        raise ValueError(f"the video cannot be opened ({'it is cut off or damaged' if length else 'it is empty'})")
     try:
         # Opened where it is used: a reader does not survive a fork. One thread: the workers are parallel
         # already.
