@@ -25,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
-	train-interpolation generate eval-fvd eval-clipsim bench bench-model test lint clean
+	train-interpolation generate eval-fvd eval-clipsim bench bench-model bench-data test lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -87,13 +87,20 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
 
-bench: bench-model ## all benchmarks
+bench: bench-model bench-data ## all benchmarks
 
-# The peers it measures come with the extra `bench`.
-bench-model: $(READY) ## speed and memory of the video U-Net beside published ones
-	@if command -v uv >/dev/null; then uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
-	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
+bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside published ones
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
+
+bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit and common loaders
+	@$(RUN) -m experiments.bench_data $(ARGS)
+
+# What the benchmarks measure us against.
+$(VENV)/.bench: $(READY)
+	@if command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
+	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
+	@touch $@
 
 test: $(READY) ## the tests: no network, no GPU
 	@$(RUN) -m pytest

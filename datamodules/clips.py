@@ -8,8 +8,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import av
 import decord
 import numpy as np
 import torch
@@ -138,114 +139,90 @@ def choose_frames(
 
 @dataclass(frozen=True)
 class Video:
-    """An opened video: its decoder, and when each frame is shown, (n,) float64 rising seconds from the first."""
+    """A video that was looked through: where it lies, and when its frames are shown."""
 
-    reader: Any
-    times: np.ndarray
+    source: str | bytes  # a path, or the bytes of a file
+    stamps: np.ndarray  # (n,) int64 rising, in the stream's own unit
+    times: np.ndarray  # (n,) float64 rising, seconds from the first frame
+    keys: np.ndarray  # (k,) int64 rising, the stamps of key frames
+    plain: bool  # decord can be trusted with it
 
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        """The frames at rising indices, uint8 (n, h, w, 3). Raises ValueError for what cannot be decoded."""
+        try:
+            if self.plain:
+                try:
+                    # One thread: the workers are parallel already.
+                    reader = decord.VideoReader(_file(self.source), num_threads=1)
+                    if len(reader) == len(self.stamps):
+                        return reader.get_batch(indices.tolist()).asnumpy()
+                except Exception:  # decord fails at some sound HEVC files, too
+                    pass
+            return self._frames_by_stamp(self.stamps[indices])
+        except Exception as error:
+            raise ValueError(f"the video's frames cannot be decoded ({type(error).__name__})") from error
 
-BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # of an mp4, those on the way to the tables of its samples
-# Of a track's samples: sizes, how many in each chunk, where chunks begin, durations; as type, bytes before, columns.
-TABLES = {
-    b"stsz": (">u4", 12, 1),
-    b"stsc": (">u4", 8, 3),
-    b"stco": (">u4", 8, 1),
-    b"co64": (">u8", 8, 1),
-    b"stts": (">u4", 8, 2),
-}
-
-
-def samples_end(file: BinaryIO, start: int, end: int, tables: dict[bytes, Any] | None = None) -> int:
-    """Where the last sample of an mp4 or mov ends by its tables, in bytes; 0 for a file of another kind.
-
-    decord crashes the process, instead of raising, on a file that ends before its last sample does, or that
-    claims to have billions of them.
-    """
-    last = 0
-    tables = {} if tables is None else tables
-    while start + 8 <= end:
-        file.seek(start)
-        head = file.read(16)
-        size, kind, body = int.from_bytes(head[:4], "big"), head[4:8], 8
-        if size == 1:
-            size, body = int.from_bytes(head[8:], "big"), 16
-        stop = min(start + size, end) if size else end
-        if stop < start + body:
-            break
-        if kind in BOXES:
-            inner = {} if kind == b"trak" else tables
-            last = max(last, samples_end(file, start + body, stop, inner))
-            if kind == b"trak" and not _complete(inner):
-                raise ValueError("a track lacks a table")
-        elif kind in TABLES:
-            dtype, skip, columns = TABLES[kind]
-            file.seek(start + body)
-            raw = file.read(stop - start - body)
-            rows = int.from_bytes(raw[skip - 4 : skip], "big")
-            same = kind == b"stsz" and any(raw[4:8])  # all samples have one size, which is not repeated
-            if not same and rows * columns * np.dtype(dtype).itemsize > len(raw) - skip:
-                raise ValueError("a table is larger than its box")
-            numbers = np.frombuffer(raw, dtype, 0 if same else rows * columns, skip if rows else 0).astype(np.int64)
-            tables[kind] = raw[:skip], numbers.reshape(-1, columns)
-        elif kind == b"mvex":  # the samples lie in fragments, with tables of their own
-            last = max(last, stop)
-        if kind == b"stbl" and _complete(tables):
-            last = max(last, _chunks_end(tables))
-        start = stop
-    return last
+    def _frames_by_stamp(self, wanted: np.ndarray) -> np.ndarray:
+        # Each frame is known by its own time stamp. A quarter slower than decord, hence not for all.
+        found: dict[int, np.ndarray] = {}
+        with av.open(_file(self.source), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            key = self.keys[max(np.searchsorted(self.keys, wanted[0], side="right") - 1, 0)]
+            container.seek(int(key), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts in wanted:
+                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+                if frame.pts is not None and frame.pts >= wanted[-1]:
+                    break
+        return np.stack([found[stamp] for stamp in wanted.tolist()])
 
 
-def _complete(tables: dict[bytes, Any]) -> bool:
-    return tables.keys() >= {b"stsz", b"stsc", b"stts"} and bool(tables.keys() & {b"stco", b"co64"})
-
-
-def _chunks_end(tables: dict[bytes, Any]) -> int:
-    """The same of one track: a chunk begins at an offset and holds the next so many samples."""
-    head, sizes = tables[b"stsz"]
-    same, count = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
-    offsets = (tables.get(b"co64") or tables[b"stco"])[1][:, 0]
-    runs = tables[b"stsc"][1]  # the first chunk that it holds for, samples in a chunk, description
-    if not (count and len(offsets) and len(runs)):
-        return 0
-    run = np.searchsorted(runs[:, 0], np.arange(1, len(offsets) + 1), side="right") - 1
-    bounds = np.minimum(np.concatenate(([0], np.cumsum(runs[run, 1]))), count)
-    lengths = np.diff(bounds * same if same else np.concatenate(([0], np.cumsum(sizes)))[bounds])
-    timed = tables[b"stts"][1][:, 0].sum()  # a sample takes a byte, if not more
-    return int((offsets + lengths)[lengths > 0].max(initial=timed))
+def _file(source: str | bytes) -> Any:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 def open_video(source: str | Path | bytes) -> Video:
-    """A video from a path, or from the bytes of a file.
+    """A video from a path, or from the bytes of a file. Its packets are looked through, none is decoded.
 
-    Raises FileNotFoundError, and ValueError for what is damaged, no video, or has fewer than two frames. An AVI
-    with h264 is refused too: it stores no times, and decord then gives other frames than were asked for.
+    Raises FileNotFoundError, and ValueError for what is damaged, no video, or has fewer than two frames or no time
+    stamps (an AVI with h264).
     """
-    if not isinstance(source, bytes) and not Path(source).exists():
+    source = source if isinstance(source, bytes) else str(source)
+    if isinstance(source, str) and not Path(source).exists():
         raise FileNotFoundError(f"There is no video at {source}.")
+    stamps: list[int] = []
+    keys: list[int] = []
+    count, open_groups, cut_off = 0, False, False
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            length = file.seek(0, io.SEEK_END)
-            ends = samples_end(file, 0, length)
-            file.seek(4)
-            lost = ends == 0 and file.read(4) == b"ftyp"  # an mp4 of which nobody can tell where its samples are
+        with av.open(_file(source), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            unit, claimed = stream.time_base, stream.frames
+            # The stored times rather than index / rate, which is wrong for a variable frame rate; and rather than
+            # those of decord, which are float32. The duration that the file claims is not asked for.
+            for packet in container.demux():
+                cut_off |= packet.is_corrupt
+                if packet.stream_index != stream.index or not packet.size:
+                    continue
+                count += 1
+                if packet.pts is None or packet.is_discard:
+                    continue
+                stamps.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+                open_groups |= bool(keys) and packet.pts < keys[-1]
     except Exception as error:
         raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
-    if lost or ends > length or not length:
-        raise ValueError(f"the video cannot be opened ({'it is cut off or damaged' if length else 'it is empty'})")
-    try:
-        # Opened where it is used: a reader does not survive a fork. One thread: the workers are parallel
-        # already.
-        reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else str(source), num_threads=1)
-        # The stored times rather than index / rate, which is wrong for a variable frame rate. They are those of
-        # the frames, whatever duration the file claims.
-        times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
-    except Exception as error:
-        raise ValueError(f"the video cannot be opened ({type(error).__name__})") from error
-    if len(times) < 2:
-        raise ValueError("the video has fewer than two frames")
-    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
+    if cut_off:
+        raise ValueError("the video cannot be opened (it is cut off or damaged)")
+    rising = np.sort(np.asarray(stamps, dtype=np.int64))
+    if len(rising) < 2 or not keys or not unit or not (np.diff(rising) > 0).all():
         raise ValueError("the video has no rising time stamps")
-    return Video(reader, times - times[0])
+    # decord counts frames from a key frame in stored order: where some are shown before the key frame that they are
+    # stored after (open groups), it gives others than asked for. And on a file with tables that are wrong about the
+    # number of frames it crashes, and the process with it.
+    plain = not open_groups and claimed in (0, count)
+    return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain)
 
 
 def choose_span(times: np.ndarray, spans: Sequence[Span], frames: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -285,10 +262,7 @@ def take_clip(
     times = video.times[first:end]
     duration = float(times[-1] - times[0])
     indices, achieved = choose_frames(duration, (len(times) - 1) / duration, times, f, frames, rng)
-    try:
-        pixels = video.reader.get_batch((first + indices).tolist()).asnumpy()
-    except Exception as error:
-        raise ValueError(f"the video's frames cannot be decoded ({type(error).__name__})") from error
+    pixels = video.frames(first + indices)
     squares = np.stack([np.asarray(square(Image.fromarray(frame), resolution)) for frame in pixels])
     keep.check(squares)
     return random_crop(torch.from_numpy(squares).permute(3, 0, 1, 2).contiguous(), crop, rng), achieved

@@ -181,7 +181,7 @@ class ImageTextDataModule(StreamDataModule):
     processes that decode; 0 decodes in this one. random_caption: draw the caption from the main and the
     alternative ones, else always the main one. clip: name of the CLIP whose embeddings come with each sample
     (`make embed`), or ""; then the caption is the main one, and resolution 0 leaves the pictures out. filters: on
-    metadata. max_skipped, window: as in `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs` does.
+    metadata. max_skipped, window: as in `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs`.
     """
 
     def __init__(

@@ -137,10 +137,7 @@ def of_clip(clip: Clip, show: bool) -> Facts:
     if not parts:
         raise ValueError("no span in the list has two frames of the video")
     first, end = max(parts, key=lambda part: part[1] - part[0])
-    try:
-        frame = Image.fromarray(video.reader.get_batch([(first + end) // 2 if show else first]).asnumpy()[0])
-    except Exception as error:  # decord has errors of its own
-        raise ValueError(f"the video's frames cannot be decoded ({type(error).__name__})") from error
+    frame = Image.fromarray(video.frames(np.array([(first + end) // 2 if show else first]))[0])
     gaps, cuts = np.diff(video.times), [video.times[a:b] for a, b in parts]
     usual = float(np.median(gaps))
     seconds = sum(float(times[-1] - times[0]) + usual for times in cuts)  # the last frame is shown too
@@ -160,7 +157,8 @@ def filtered(metas: Sequence[dict[str, Any]], filters: FilterConfig, active: Seq
     title = f"filters that are on, missing={filters.missing}" if active else "common limits, no filter is on"
     rows, taken, lacking = [(title, "would take", "share", "lack the key")], set[int](), set[int]()
     for name, limit in [(name, getattr(filters, name)) for name in active] or COMMON:
-        one = Filters(replace(FilterConfig(missing="drop"), **{name: limit}))
+        alone: dict[str, Any] = {name: limit}
+        one = Filters(replace(FilterConfig(missing="drop"), **alone))
         said = [one.reason(meta, meta["caption"]) for meta in metas]
         takes, lacks = ({i for i, reason in enumerate(said) if reason == r} for r in (name, f"{name} is missing"))
         if active or len(lacks) < len(metas):

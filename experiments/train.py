@@ -74,7 +74,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
             ClipGradients(part.trainer.clip_gradients),
             ema,
             Samples(preview, run / "samples", part.trainer.sample_every, ema, config.seed),
-            DataCounts(),
+            DataCounts(10 * part.trainer.log_every),
             probe,
             progress,
             ModelCheckpoint(

@@ -175,10 +175,13 @@ class Probe(L.Callback):
 
 class DataCounts(L.Callback):
     """Logs what the data module counts: samples that a filter took, those that could not be read, and for clips the
-    histogram of their achieved frame rates, to W&B, with its mean."""
+    histogram of their achieved frame rates, to W&B every `every` steps, with its mean."""
+
+    def __init__(self, every: int):
+        self.every = every
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        taken = getattr(trainer.datamodule, "filtered", None)  # type: ignore[attr-defined]
+        taken = getattr(trainer.datamodule, "filtered", {})  # type: ignore[attr-defined]
         for logger in trainer.loggers if taken else ():
             logger.log_metrics({f"data/filtered/{name}": float(n) for name, n in taken.items()}, trainer.global_step)
 
@@ -192,7 +195,7 @@ class DataCounts(L.Callback):
         if not rates:
             return
         pl_module.log("data/fps", sum(fps * n for fps, n in rates.items()) / sum(rates.values()))
-        if trainer.global_step % max(1, 10 * trainer.log_every_n_steps) == 0:
+        if trainer.global_step % self.every == 0:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     bins = np.arange(min(rates), max(rates) + 2)

@@ -74,6 +74,62 @@ def make_video() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def make_timed() -> Callable[..., Path]:
+    """make_timed(path, ticks, rate=24, codec="libx264"): frames that carry their own time.
+
+    A frame is shown at each of `ticks` (1/rate seconds; of any spacing) and shows the number of its tick as two rows
+    of eight stripes, white for 1, which survive compression: `read_ticks` reads them.
+    """
+
+    def make(path: Path, ticks: list[int], rate: Any = 24, codec: str = "libx264", side: int = 64) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
+        with av.open(str(path), "w") as file:
+            stream: Any = file.add_stream(codec, rate=rate, options={"g": "12", **options})
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            stream.time_base = stream.codec_context.time_base = 1 / Fraction(rate)
+            for tick in ticks:
+                bits = (tick >> np.arange(16)) & 1
+                grid = (255 * bits.reshape(2, 8)).astype(np.uint8).repeat(side // 2, 0).repeat(side // 8, 1)
+                frame = av.VideoFrame.from_ndarray(np.stack([grid] * 3, 2), format="rgb24")
+                frame.pts, frame.time_base = tick, 1 / Fraction(rate)
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+        return path
+
+    return make
+
+
+@pytest.fixture
+def read_ticks() -> Callable[[Tensor], np.ndarray]:
+    """read_ticks(video): the tick that each frame of a uint8 clip (3, f, h, w) shows, (f,) int."""
+
+    def read(video: Tensor) -> np.ndarray:
+        h, w = video.shape[2:]
+        cells = video.float().mean(0).unflatten(1, (2, h // 2)).unflatten(3, (8, w // 8)).mean((2, 4))
+        return ((cells > 128).flatten(1).numpy() << np.arange(16)).sum(1)
+
+    return read
+
+
+@pytest.fixture
+def make_v2d() -> Callable[..., Path]:
+    """make_v2d(path, {key: {extension: bytes, or an object for json}}): a shard as video2dataset writes it."""
+
+    def make(path: Path, samples: dict[str, dict[str, Any]]) -> Path:
+        with tarfile.open(path, "w") as tar:
+            for key, members in samples.items():
+                for extension, content in members.items():
+                    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        return path
+
+    return make
+
+
+@pytest.fixture
 def make_webvid(make_video: Callable[..., Path]) -> Callable[..., Path]:
     """make_webvid(root, n, frames=24, name="...", extra=[...]): n clips 0..n-1 and rows for `extra` ids."""
 

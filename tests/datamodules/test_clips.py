@@ -1,13 +1,19 @@
 """The curriculum of rates, the choice of frames, and the rate that is told."""
 
+import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
-from datamodules.clips import Curriculum, choose_frames, read_clip, time_stamps
+from datamodules.clips import Curriculum, Keep, choose_frames, choose_span, open_video, read_clip, time_stamps
 
+CODECS = [("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("libx264", "mkv")]
+STEADY = list(range(120))  # ticks of 1/24 s
+UNEVEN = [*range(0, 40), *range(40, 100, 3), *range(100, 140, 2), *range(141, 161)]  # 24, 8, 12 and 24 a second
 RATES = (1.0, 3.0, 6.8, 10.0, 12.0, 17.3, 23.976, 24.0, 60.0)
 
 
@@ -102,3 +108,155 @@ def test_damaged_files_are_value_errors(tmp_path: Path, make_video: Any) -> None
             read_clip(path, 8, 4, 16, rng())
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_clip(tmp_path / "nowhere.mp4", 8, 4, 16, rng())
+
+
+def has_encoder(codec: str) -> bool:
+    try:
+        av.codec.Codec(codec, "w")
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("codec", "kind"), CODECS)
+@pytest.mark.parametrize("ticks", [STEADY, UNEVEN], ids=["constant", "variable"])
+def test_frames_show_the_times_that_were_asked_for(
+    tmp_path: Path, make_timed: Any, read_ticks: Any, codec: str, kind: str, ticks: list[int]
+) -> None:
+    if not has_encoder(codec):
+        pytest.skip(f"PyAV has no {codec} here to make a file with")
+    path = make_timed(tmp_path / f"a.{kind}", ticks, codec=codec)
+    times = np.array(ticks) / 24
+    for seed, f in enumerate((3.0, 4.7, 6.0, 8.0, 10.9)):
+        video, fps = read_clip(path, f, 8, 32, rng(seed))
+        shown = read_ticks(video) / 24
+        asked = time_stamps(shown[0], f, 8)
+        nearest = np.abs(times[:, None] - asked).min(0)
+        assert np.abs(shown - asked) == pytest.approx(nearest, abs=2.1e-3)  # webm and mkv round to milliseconds
+        assert fps == pytest.approx(7 / (shown[-1] - shown[0]), rel=2e-3)
+        if ticks is STEADY:
+            assert fps == pytest.approx(f, rel=0.08)
+
+
+def test_a_clip_at_the_native_rate_has_each_frame_once(tmp_path: Path, make_timed: Any, read_ticks: Any) -> None:
+    path = make_timed(tmp_path / "a.mp4", list(range(90)), rate=Fraction(30000, 1001))
+    for seed in range(4):
+        video, fps = read_clip(path, 30.0, 16, 32, rng(seed))
+        assert np.diff(read_ticks(video)).tolist() == [1] * 15
+        assert fps == pytest.approx(30000 / 1001, rel=1e-5)
+
+
+def test_no_frame_lies_outside_the_span(tmp_path: Path, make_timed: Any, read_ticks: Any) -> None:
+    for name, ticks in {"a": STEADY, "b": UNEVEN}.items():
+        path = make_timed(tmp_path / f"{name}.mp4", ticks)
+        seen: set[int] = set()
+        for seed in range(30):
+            f = float(rng(seed).uniform(1, 24))
+            shown = read_ticks(read_clip(path, f, 8, 16, rng(seed), span=(1.0, 3.0))[0])
+            assert shown.min() >= 24 and shown.max() < 72
+            seen |= set(shown.tolist())
+        assert {24, [tick for tick in ticks if tick < 72][-1]} <= seen  # all of it can be reached
+        with pytest.raises(ValueError, match="too short for 8 frames"):
+            read_clip(path, 8, 8, 16, rng(), span=(1.0, 1.2))
+        with pytest.raises(ValueError, match="outside the video"):
+            read_clip(path, 8, 8, 16, rng(), span=(60.0, 70.0))
+
+
+def test_spans_are_drawn_by_their_length_and_short_ones_never() -> None:
+    times = np.arange(240) / 24
+    spans = [(0.0, 2.0), (2.0, 2.2), (2.2, 8.2), (20.0, 30.0)]
+    drawn = [choose_span(times, spans, 16, rng(i)) for i in range(400)]
+    assert set(drawn) == {(0, 48), (53, 197)}
+    assert np.mean([first == 0 for first, _ in drawn]) == pytest.approx(47 / (47 + 143), abs=0.06)
+
+
+def test_bytes_are_read_as_a_path_is(tmp_path: Path, make_timed: Any) -> None:
+    path = make_timed(tmp_path / "a.mp4", STEADY)
+    (a, fps), (b, same) = (read_clip(x, 9, 8, 16, rng()) for x in (path, path.read_bytes()))
+    assert fps == same and (a == b).all()
+
+
+def test_static_clips_and_cuts_are_dropped(tmp_path: Path, make_video: Any, make_timed: Any) -> None:
+    slow = make_video(tmp_path / "slow.mp4", list(range(48)))  # three grey levels a frame
+    read_clip(slow, 24, 8, 16, rng(), keep=Keep(min_motion=2.0, max_cut=5.0))
+    with pytest.raises(ValueError, match="^the clip is static$"):
+        read_clip(slow, 24, 8, 16, rng(), keep=Keep(min_motion=4.0))
+    read_clip(slow, 12, 8, 16, rng(), keep=Keep(min_motion=4.0))  # at half the rate there is twice the motion
+    stripes = make_timed(tmp_path / "stripes.mp4", list(range(48)))
+    with pytest.raises(ValueError, match="^the clip holds a cut$"):
+        read_clip(stripes, 24, 8, 16, rng(), keep=Keep(max_cut=20.0))
+    with pytest.raises(ValueError, match="min_motion = -1"):
+        Keep(min_motion=-1)
+
+
+def test_the_limits_of_keep_are_what_they_say() -> None:
+    clip = np.zeros((3, 4, 4, 3), np.uint8)
+    clip[1:] = 10
+    clip[2] = 250  # differences of 10 and 240: no wrap at zero
+    Keep(min_motion=125, max_cut=240).check(clip)
+    for keep, cause in ((Keep(min_motion=126), "static"), (Keep(max_cut=239), "cut")):
+        with pytest.raises(ValueError, match=cause):
+            keep.check(clip)
+
+
+def test_a_gap_of_a_day_is_no_clip() -> None:
+    times = np.append(np.arange(30) / 24, 1e5)
+    with pytest.raises(ValueError, match="too unevenly"):
+        choose_frames(1e5, 30 / 1e5, times, 8, 8, rng())
+
+
+def patched(data: bytes, box: bytes, at: int, value: int) -> bytes:
+    """An mp4 in which four bytes of its first box of a kind are another number."""
+    place = data.index(box) + 4 + at
+    return data[:place] + value.to_bytes(4, "big") + data[place + 4 :]
+
+
+def test_a_false_duration_is_not_believed(tmp_path: Path, make_timed: Any, read_ticks: Any) -> None:
+    data = make_timed(tmp_path / "a.mp4", STEADY).read_bytes()
+    for box, at in ((b"mvhd", 16), (b"mdhd", 16), (b"tkhd", 20)):
+        video, fps = read_clip(patched(data, box, at, 10**8), 6, 16, 32, rng())
+        shown = read_ticks(video)
+        assert fps == pytest.approx(6) and np.diff(shown).tolist() == [4] * 15
+
+
+def test_tables_that_would_crash_the_decoder_do_not(tmp_path: Path, make_timed: Any) -> None:
+    # decord ends the whole process on these: a sample beyond the file, billions of samples, a table beyond its box.
+    data = make_timed(tmp_path / "a.mp4", STEADY).read_bytes()
+    changes = ((b"stsz", 12), (b"stsz", 100), (b"stco", 8), (b"stts", 8), (b"stts", 4), (b"stsz", 8))
+    files = [patched(data, box, at, 2**31 + 5) for box, at in changes]
+    files += [data.replace(box, b"none") for box in (b"stsz", b"stsc", b"moov")]
+    refused = 0
+    for file in files:
+        try:
+            video, _ = read_clip(file, 6, 8, 16, rng())
+            assert video.shape == (3, 8, 16, 16)
+        except ValueError:
+            refused += 1
+    assert refused >= 6
+
+
+@pytest.mark.parametrize(("codec", "kind"), [("libx264", "mp4"), ("libvpx-vp9", "webm")])
+def test_mutated_files_are_clips_or_value_errors(tmp_path: Path, make_timed: Any, codec: str, kind: str) -> None:
+    path = make_timed(tmp_path / f"a.{kind}", list(range(48)), codec=codec)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for seed in range(150):
+        data, draw = whole.copy(), rng(seed)
+        if seed % 3 == 0:
+            data = data[: draw.integers(len(data))]
+        else:
+            first = draw.integers(len(data))
+            data[first : first + draw.integers(1, 40)] ^= draw.integers(1, 256, dtype=np.uint8)
+        try:
+            assert read_clip(data.tobytes(), 8, 4, 16, rng(seed))[0].shape == (3, 4, 16, 16)
+        except ValueError as error:
+            assert str(error).startswith(("the video", "the clip"))
+
+
+def test_a_wrong_extension_a_picture_and_a_folder(tmp_path: Path, make_timed: Any) -> None:
+    path = make_timed(tmp_path / "a.webm", STEADY, codec="libvpx-vp9")
+    os.rename(path, tmp_path / "a.mp4")  # a video all the same
+    assert len(open_video(tmp_path / "a.mp4").times) == 120
+    one = make_timed(tmp_path / "one.mp4", [0])
+    for wrong in (one, tmp_path, Path(__file__)):
+        with pytest.raises(ValueError, match="the video"):
+            read_clip(wrong, 8, 4, 16, rng())

@@ -1,4 +1,4 @@
-"""Two thousand damaged files of each kind: each is read, or refused with a ValueError; nothing crashes, hangs or leaks."""
+"""Two thousand damaged files of each kind: read, or refused with a ValueError; nothing crashes, hangs or leaks."""
 
 import io
 import json

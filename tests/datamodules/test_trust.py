@@ -134,7 +134,7 @@ def test_ranks_never_hang(tmp_path: Path, make_shard: Any, case: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident size is read from /proc")
 def test_memory_is_flat(tmp_path: Path, make_video: Any) -> None:
-    """Resident size of this process and two workers after many clips, 20,000 with CLIPS=20000, and after the first 1,000."""
+    """Resident size with two workers after many clips (20,000 with CLIPS=20000) and after the first 1,000."""
     for i in range(8):
         make_video(tmp_path / "clips" / f"{i}.mp4", list(range(0, 48)), size=(64, 48))
     data = VideoDataModule(str(tmp_path / "clips"), 20, 8, 32, curriculum=Curriculum(steps=100), workers=2)
