@@ -5,6 +5,7 @@ section 3). The paper says "a beta function" and no more; the constants are ours
 """
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,19 +194,18 @@ def open_video(source: str | Path | bytes) -> Video:
         raise FileNotFoundError(f"There is no video at {source}.")
     stamps: list[int] = []
     keys: list[int] = []
-    count, open_groups, cut_off = 0, False, False
+    counts: Counter[int] = Counter()
+    open_groups, cut_off = False, False
     try:
         with av.open(_file(source), metadata_errors="ignore") as container:
             stream = container.streams.video[0]
-            unit, claimed = stream.time_base, stream.frames
+            unit, claimed = stream.time_base, {each.index: each.frames for each in container.streams}
             # The stored times rather than index / rate, which is wrong for a variable frame rate; and rather than
             # those of decord, which are float32. The duration that the file claims is not asked for.
             for packet in container.demux():
                 cut_off |= packet.is_corrupt
-                if packet.stream_index != stream.index or not packet.size:
-                    continue
-                count += 1
-                if packet.pts is None or packet.is_discard:
+                counts[packet.stream_index] += packet.size > 0
+                if packet.stream_index != stream.index or packet.pts is None or packet.is_discard:
                     continue
                 stamps.append(packet.pts)
                 if packet.is_keyframe:
@@ -221,7 +221,7 @@ def open_video(source: str | Path | bytes) -> Video:
     # decord counts frames from a key frame in stored order: where some are shown before the key frame that they are
     # stored after (open groups), it gives others than asked for. And on a file with tables that are wrong about the
     # number of frames it crashes, and the process with it.
-    plain = not open_groups and claimed in (0, count)
+    plain = not open_groups and all(number in (0, counts[index]) for index, number in claimed.items())
     return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain)
 
 

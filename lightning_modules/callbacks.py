@@ -175,7 +175,7 @@ class Probe(L.Callback):
 
 class DataCounts(L.Callback):
     """Logs what the data module counts: samples that a filter took, those that could not be read, and for clips the
-    histogram of their achieved frame rates, to W&B every `every` steps, with its mean."""
+    achieved frame rates, and to W&B their histogram every `every` steps."""
 
     def __init__(self, every: int):
         self.every = every
@@ -194,7 +194,7 @@ class DataCounts(L.Callback):
         rates = getattr(data, "rates", None)
         if not rates:
             return
-        pl_module.log("data/fps", sum(fps * n for fps, n in rates.items()) / sum(rates.values()))
+        pl_module.log("data/fps", batch["fps"].mean())  # of this batch: the same numbers after a resume
         if trainer.global_step % self.every == 0:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

@@ -75,17 +75,24 @@ def make_video() -> Callable[..., Path]:
 
 @pytest.fixture
 def make_timed() -> Callable[..., Path]:
-    """make_timed(path, ticks, rate=24, codec="libx264"): frames that carry their own time.
+    """make_timed(path, ticks, rate=24, codec="libx264", side=64, options={}): frames that carry their own time.
 
     A frame is shown at each of `ticks` (1/rate seconds; of any spacing) and shows the number of its tick as two rows
     of eight stripes, white for 1, which survive compression: `read_ticks` reads them.
     """
 
-    def make(path: Path, ticks: list[int], rate: Any = 24, codec: str = "libx264", side: int = 64) -> Path:
+    def make(
+        path: Path,
+        ticks: list[int],
+        rate: Any = 24,
+        codec: str = "libx264",
+        side: int = 64,
+        options: dict[str, str] | None = None,
+    ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
+        usual = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
         with av.open(str(path), "w") as file:
-            stream: Any = file.add_stream(codec, rate=rate, options={"g": "12", **options})
+            stream: Any = file.add_stream(codec, rate=rate, options={"g": "12", **usual, **(options or {})})
             stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
             stream.time_base = stream.codec_context.time_base = 1 / Fraction(rate)
             for tick in ticks:

@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 
 from datamodules.clips import Curriculum, Keep, choose_frames, choose_span, open_video, read_clip, time_stamps
 
@@ -219,20 +220,33 @@ def test_a_false_duration_is_not_believed(tmp_path: Path, make_timed: Any, read_
         assert fps == pytest.approx(6) and np.diff(shown).tolist() == [4] * 15
 
 
-def test_tables_that_would_crash_the_decoder_do_not(tmp_path: Path, make_timed: Any) -> None:
+def test_tables_that_crash_the_decoder_end_in_value_errors(tmp_path: Path, make_timed: Any, read_ticks: Any) -> None:
     # decord ends the whole process on these: a sample beyond the file, billions of samples, a table beyond its box.
     data = make_timed(tmp_path / "a.mp4", STEADY).read_bytes()
-    changes = ((b"stsz", 12), (b"stsz", 100), (b"stco", 8), (b"stts", 8), (b"stts", 4), (b"stsz", 8))
-    files = [patched(data, box, at, 2**31 + 5) for box, at in changes]
-    files += [data.replace(box, b"none") for box in (b"stsz", b"stsc", b"moov")]
-    refused = 0
-    for file in files:
+    for box, at in ((b"stsz", 12), (b"stsz", 100), (b"stco", 8), (b"stts", 8), (b"stts", 4), (b"stsz", 8)):
         try:
-            video, _ = read_clip(file, 6, 8, 16, rng())
-            assert video.shape == (3, 8, 16, 16)
-        except ValueError:
-            refused += 1
-    assert refused >= 6
+            shown = read_ticks(read_clip(patched(data, box, at, 2**31 + 5), 6, 8, 16, rng())[0])
+        except ValueError as error:
+            assert str(error).startswith("the video")
+        else:  # some damage leaves frames that can be read
+            assert (np.diff(shown) > 0).all()
+    for box in (b"stsz", b"stsc", b"moov"):
+        with pytest.raises(ValueError, match="the video"):
+            read_clip(data.replace(box, b"none"), 6, 8, 16, rng())
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_open_groups_are_read_right(tmp_path: Path, make_timed: Any, read_ticks: Any, codec: str) -> None:
+    # Frames shown before the key frame that they are stored after, the default of x265: decord miscounts them.
+    if not has_encoder(codec):
+        pytest.skip(f"PyAV has no {codec} here to make a file with")
+    video = open_video(
+        make_timed(tmp_path / "a.mp4", STEADY, codec=codec, options={f"{codec[3:]}-params": "open-gop=1"})
+    )
+    assert not video.plain
+    for first in range(0, 116, 3):
+        frames = torch.from_numpy(video.frames(np.arange(first, first + 4))).permute(3, 0, 1, 2)
+        assert read_ticks(frames).tolist() == list(range(first, first + 4))
 
 
 @pytest.mark.parametrize(("codec", "kind"), [("libx264", "mp4"), ("libvpx-vp9", "webm")])

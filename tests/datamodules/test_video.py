@@ -1,5 +1,6 @@
 """Video: what a batch holds, that no caption can be in it, what is skipped, exact resume."""
 
+import json
 import pickle
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import Curriculum, VideoDataModule
+from datamodules.clips import Keep
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo" / "clips"
 CANARY = "canary-in-the-caption"
@@ -48,6 +50,75 @@ def test_no_caption_can_reach_a_batch(tmp_path: Path, make_webvid: Any, workers:
     for thing in seen:
         assert CANARY not in repr(thing) and CANARY.encode() not in pickle.dumps(thing)
     assert CANARY not in repr(module.source()) and CANARY not in repr(module.skipped)
+
+
+@pytest.fixture
+def make_source(tmp_path: Path, make_timed: Any, make_v2d: Any) -> Any:
+    """make_source(kind): a source of four clips whose captions, wherever the kind has any, are the canary."""
+
+    def make(kind: str) -> Path:
+        root = tmp_path / kind
+        paths = [make_timed(root / "videos" / f"{i}.mp4", list(range(48))) for i in range(4)]
+        if kind == "folder":
+            (root / "videos" / "0.txt").write_text(CANARY)
+            return root
+        if kind == "shards":
+            meta = {"caption": CANARY, "status": "success", "url": CANARY, "yt_meta_dict": {"info": {"title": CANARY}}}
+            members = [{"mp4": path.read_bytes(), "txt": CANARY.encode(), "json": meta} for path in paths]
+            failed = {"txt": CANARY.encode(), "json": {**meta, "status": CANARY, "error_message": CANARY}}
+            broken = {"mp4": b"x", "json": {**meta, "status": f"of {CANARY}"}}
+            make_v2d(root / "00000.tar", {"0": members[0], "1": members[1], "2": failed})
+            make_v2d(root / "00001.tar", {"3": members[2], "4": members[3], "5": broken})
+            return root
+        clips = [{"clip_id": "c", "text": CANARY, "span": ["00:00:00.500", "00:00:01.500"]}]
+        lines = [{"video_id": f"{i}", "url": CANARY, "title": CANARY, "clip": clips} for i in range(4)]
+        (root / "list.jsonl").write_text("\n".join([*map(json.dumps, lines), f'{{"{CANARY}": 1}}', CANARY]))
+        return root / "list.jsonl"
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "list"])
+def test_every_kind_of_source_gives_the_same_batches_and_no_caption(make_source: Any, kind: str) -> None:
+    source = make_source(kind)
+    module = make(source, batch_size=3)
+    dataset = module.train_dataloader().loader.dataset
+    first = batches(module, 4)
+    assert set(first[0]) == {"video", "fps", "key", "skipped"} and first[0]["video"].shape == (3, 3, 4, 16, 16)
+    for thing in (dataset, module.source(), *first, module.preview(2), module.skipped):
+        assert CANARY not in repr(thing) and CANARY.encode() not in pickle.dumps(thing)
+    for workers in (1, 2):
+        for a, b in zip(batches(make(source, batch_size=3, workers=workers), 4), first, strict=True):
+            assert a["key"] == b["key"] and torch.equal(a["video"], b["video"]) and torch.equal(a["fps"], b["fps"])
+
+
+def test_failures_of_shards_are_counted_and_shards_have_sizes(make_source: Any) -> None:
+    module = make(make_source("shards"), batch_size=10)
+    for batch in batches(module, 2):
+        assert set(module.on_before_batch_transfer(batch, 0)["key"]) == {"0", "1", "3", "4"}
+    assert module.source().sizes == [2, 3]
+    assert module.skipped["video2dataset: failed"] >= 3  # once in the list, and each time it is met
+
+
+def test_achieved_rates_are_counted(tmp_path: Path, make_webvid: Any) -> None:
+    module = make(make_webvid(tmp_path, 2, frames=48), batch_size=8, curriculum=Curriculum(steps=4))
+    module.preview(2)
+    assert not module.rates
+    rates = [fps for batch in batches(module, 5) for fps in module.on_before_batch_transfer(batch, 0)["fps"].tolist()]
+    assert module.rates.total() == 40 and set(module.rates) <= set(range(2, 25))
+    assert sum(rate * n for rate, n in module.rates.items()) / 40 == pytest.approx(sum(rates) / 40, abs=0.5)
+
+
+def test_clips_that_are_not_kept_are_replaced_and_counted(tmp_path: Path, make_webvid: Any, make_timed: Any) -> None:
+    root = make_webvid(tmp_path, 3, frames=48)
+    make_timed(root / "mp4" / "001.mp4", [0] + [*range(2, 96, 2)])  # stripes that jump
+    module = make(root, batch_size=12, keep=Keep(min_motion=1.0, max_cut=10.0), curriculum=Curriculum(1, f_min=20))
+    (batch,) = batches(module, 1)
+    assert set(module.on_before_batch_transfer(batch, 0)["key"]) == {"000", "002"}
+    assert module.skipped["the clip holds a cut"] >= 3
+    still = make(root, keep=Keep(min_motion=200.0))
+    with pytest.raises(RuntimeError, match="the clip is static"):
+        batches(still, 1)
 
 
 def test_rates_fall_with_the_curriculum(tmp_path: Path, make_webvid: Any) -> None:
