@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from datamodules import embeddings
 from datamodules.filters import FilterConfig, Filters
-from datamodules.pixels import check_sizes, random_crop, square, to_tensor
+from datamodules.pixels import check_sizes, random_crop, square
 from datamodules.shards import Sample, StreamDataModule
 from datamodules.tars import Entry, expand, index
 
@@ -24,8 +25,11 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("json", "txt")
 
 
-def decode(data: bytes, resolution: int) -> Image.Image:
-    """A picture from its file's bytes as an RGB square; transparency becomes white. Raises ValueError."""
+def decode(data: bytes, resolution: int) -> Tensor:
+    """The centre square of a picture from its file's bytes, RGB uint8 (3, resolution, resolution).
+
+    Transparency becomes white. Raises ValueError.
+    """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; draft takes the smallest that is still
@@ -34,9 +38,10 @@ def decode(data: bytes, resolution: int) -> Image.Image:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return square(image.convert("RGB"), resolution)
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be decoded ({type(error).__name__})") from error
+    return square(pixels[None], resolution)[0]
 
 
 def metadata(entry: Entry) -> dict[str, Any]:
@@ -102,6 +107,10 @@ class Pairs:
         """Samples of each shard; the pictures of a plain folder are one."""
         return [len(list(group)) for _, group in groupby(self.entries, lambda e: e.meta is None and e.shard)]
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        return (3, *[self.crop or self.resolution] * 2) if self.resolution else ()
+
     def name(self, index: int) -> str:
         return f"{self.entries[index].shard}:{self.entries[index].key}"
 
@@ -113,8 +122,7 @@ class Pairs:
             sample |= embeddings.read(entry.shard, self.rows[index], self.clip)
         if self.resolution:
             extension = next(extension for extension in IMAGES if extension in entry.members)
-            pixels = to_tensor(decode(entry.read(extension), self.resolution))
-            sample["image"] = random_crop(pixels, self.crop, rng)
+            sample["image"] = random_crop(decode(entry.read(extension), self.resolution), self.crop, rng)
         return sample
 
 

@@ -1,25 +1,24 @@
-"""From a picture of any size to a square of uint8 pixels."""
+"""From pictures of any size to squares of uint8 pixels."""
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The short side resized to `resolution`, then the centre square. PIL always resizes antialiased."""
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = max(round(width * scale), resolution), max(round(height * scale), resolution)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+def square(pictures: np.ndarray, resolution: int) -> Tensor:
+    """The centre squares of pictures of one size, uint8 (n, h, w, 3), as uint8 (n, 3, resolution, resolution).
 
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8 (3, h, w)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    Resized antialiased. The colours of a pixel stay side by side in memory: to part them would cost as much again.
+    """
+    height, width = pictures.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = torch.from_numpy(pictures[:, top : top + side, left : left + side]).permute(0, 3, 1, 2)
+    if side == resolution:
+        return cut
+    cut = cut.contiguous(memory_format=torch.channels_last)  # torch is several times faster at these
+    return F.interpolate(cut, (resolution, resolution), mode="bicubic", antialias=True)
 
 
 def random_crop(pixels: Tensor, crop: int | None, rng: np.random.Generator) -> Tensor:
@@ -27,7 +26,7 @@ def random_crop(pixels: Tensor, crop: int | None, rng: np.random.Generator) -> T
     if crop is None:
         return pixels
     top, left = (int(rng.integers(side - crop + 1)) for side in pixels.shape[-2:])
-    return pixels[..., top : top + crop, left : left + crop].contiguous()
+    return pixels[..., top : top + crop, left : left + crop]
 
 
 def check_sizes(resolution: int, crop: int | None) -> None:

@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 
+AHEAD = 2  # batches that each worker reads ahead
 ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn within one
 
 
@@ -131,6 +132,10 @@ class Positions(Sampler[list[int]]):
 class Source(Protocol):
     """Samples by index, in the order of the files. Any exception of `load` marks the sample as corrupt."""
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The shape (c, ..., h, w) of the uint8 pixels of a sample; () for a source without."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -192,14 +197,57 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:200]
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples to a batch: tensors stacked along a new first axis, strings listed, failures in one list."""
-    batch: Batch = {"skipped": [failure for sample in samples for failure in sample.get("skipped", [])]}
-    for name, first in samples[0].items():
-        if name != "skipped":
-            values = [sample[name] for sample in samples]
-            batch[name] = torch.stack(values) if isinstance(first, Tensor) else values
-    return batch
+class Collate:
+    """Samples to a batch: tensors stacked along a new first axis, strings listed, failures in one list.
+
+    The colours of a pixel, the first axis of pictures and clips, stay side by side in memory as in the samples.
+
+    Workers do not send pixels but the place where they have put them: memory that they share with this process and
+    write anew every few batches. Memory fresh from the system for every batch takes longer to fill than small pictures
+    to decode. `receive` copies the pixels out before their place is written again.
+    """
+
+    def __init__(self, batch: int = 0, pixels: Sequence[int] = (), workers: int = 0) -> None:
+        """pixels: the shape (c, ..., h, w) of a sample's picture or clip."""
+        self.turn = 0
+        shape = (workers, AHEAD + 1, batch, *pixels[1:], *pixels[:1])
+        self.shared = torch.empty(shape, dtype=torch.uint8).share_memory_() if pixels and workers else None
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        self.turn = (self.turn + 1) % (AHEAD + 1)
+        batch: Batch = {"skipped": [failure for sample in samples for failure in sample.get("skipped", [])]}
+        for name, first in samples[0].items():
+            if name != "skipped":
+                values = [sample[name] for sample in samples]
+                batch[name] = self.stack(values) if isinstance(first, Tensor) else values
+        return batch
+
+    def stack(self, values: list[Tensor]) -> "Tensor | Place":
+        if values[0].ndim < 3:
+            return torch.stack(values)
+        pixels, worker = [value.movedim(0, -1) for value in values], get_worker_info()
+        if worker is None or self.shared is None:
+            return torch.stack(pixels).movedim(-1, 1)
+        np.stack([value.numpy() for value in pixels], out=self.shared[worker.id, self.turn].numpy())
+        return Place(worker.id, self.turn)
+
+    def receive(self, batch: Batch) -> Batch:
+        """A batch as it came from a worker or this process, with its pixels; in pinned memory where there is a GPU."""
+        for name, value in batch.items():
+            if isinstance(value, Place):
+                assert self.shared is not None
+                value = self.shared[value.worker, value.turn].movedim(-1, 1)
+                # Not clone: its threads would wait, spinning, for work that is over.
+                value = value.pin_memory() if torch.cuda.is_available() else torch.from_numpy(value.numpy().copy("K"))
+            batch[name] = value
+        return batch
+
+
+class Place(NamedTuple):
+    """Where in the shared memory a worker has put a batch's pixels."""
+
+    worker: int
+    turn: int
 
 
 class Batches:
@@ -213,7 +261,8 @@ class Batches:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
+        assert isinstance(self.loader.collate_fn, Collate)
+        return map(self.loader.collate_fn.receive, self.loader)
 
     @property
     def _iterator(self) -> Any:
@@ -282,14 +331,14 @@ class StreamDataModule(LightningDataModule):
             self._start = self.consumed
             self._progress = self.trainer.fit_loop.epoch_loop.batch_progress
             self._processed = self._progress.total.processed
-        rank = self.trainer.global_rank if self.trainer else 0
+        rank, sources = self.trainer.global_rank if self.trainer else 0, self.sources()
         loader: DataLoader[Sample] = DataLoader(
-            Stream(self.sources(), self.seed, weights=self.weights, window=self.window),
+            Stream(sources, self.seed, weights=self.weights, window=self.window),
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
-            collate_fn=collate,
+            collate_fn=Collate(self.batch_size, sources[0].pixels, self.workers),
             num_workers=self.workers,
+            prefetch_factor=AHEAD if self.workers else None,
             persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
         return Batches(loader)
 
@@ -339,4 +388,4 @@ class StreamDataModule(LightningDataModule):
                 self.note([(source.name(index), describe(error))])
         if not samples:
             raise ValueError("No sample could be loaded for a preview; the warnings above name the causes.")
-        return self.on_before_batch_transfer(collate(samples), 0)
+        return self.on_before_batch_transfer(Collate()(samples), 0)

@@ -44,6 +44,10 @@ class Clips:
         shards = (clip.file.shard if isinstance(clip.file, Entry) else "" for clip in self.clips)
         return [len(list(group)) for _, group in groupby(shards)]
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        return (3, self.frames, *[self.crop or self.resolution] * 2)
+
     def name(self, index: int) -> str:
         return self.clips[index].name
 

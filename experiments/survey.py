@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.clips import choose_span
@@ -35,7 +37,7 @@ class Facts:
     numbers: dict[str, float]
     traits: dict[str, bool]
     meta: dict[str, Any]  # what filters ask
-    tile: Image.Image | None  # for the contact sheet
+    tile: Tensor | None  # for the contact sheet
 
 
 def inspect(source: str, filters: FilterConfig, output: Path, samples: int = 1000) -> str:
@@ -56,10 +58,11 @@ def inspect(source: str, filters: FilterConfig, output: Path, samples: int = 100
     if facts:
         parts += summary(facts)
         parts += [[NOTE] if videos else filtered([fact.meta for fact in facts], filters, active)]
-    tiles = [np.asarray(fact.tile) for fact in facts if fact.tile]
+    tiles = [fact.tile for fact in facts if fact.tile is not None]
     if tiles:
-        tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % ACROSS)
-        Image.fromarray(rearrange(tiles, "(r c) h w d -> (r h) (c w) d", c=ACROSS)).save(output, "PNG")
+        tiles += [torch.full_like(tiles[0], 255)] * (-len(tiles) % ACROSS)
+        sheet = rearrange(tiles, "(r c) d h w -> (r h) (c w) d", c=ACROSS)
+        Image.fromarray(sheet.numpy()).save(output, "PNG")
     return "\n\n".join("\n".join(part) for part in parts if part) + f"\n\ncontact sheet: {output if tiles else 'none'}"
 
 
@@ -122,17 +125,17 @@ def of_clip(clip: Clip, show: bool) -> Facts:
     for span in spans:
         with suppress(ValueError):  # training passes over a span outside the video where there is another
             cuts.append(video.times[slice(*choose_span(video.times, [span], 2, rng))])
-    frame = Image.fromarray(video.frames(np.array([(first + end) // 2 if show else first]))[0])
+    frame = video.frames(np.array([(first + end) // 2 if show else first]))[0]
     usual = float(np.median(gaps := np.diff(video.times)))
     seconds = sum(float(times[-1] - times[0]) + usual for times in cuts)  # the last frame is shown too
     numbers = {"duration, s": seconds, "frames": sum(map(len, cuts)), "frames per second": 1 / float(gaps.mean()),
-               "width, px": frame.width, "height, px": frame.height}  # fmt: skip
+               "width, px": frame.shape[1], "height, px": frame.shape[0]}  # fmt: skip
     traits = {"variable frame rate": bool(np.ptp(gaps) > max(0.1 * usual, 0.002))}  # some files have whole milliseconds
     for f in (*RATES, np.inf):  # no clip is taken at more than a video's own rate
         name = f"too short for {FRAMES} frames at {f'{f} fps' if f in RATES else 'any rate'}"
         steps = max(min(float(times[-1] - times[0]) * f, len(times) - 1) for times in cuts)
         traits[name] = steps < (FRAMES - 1) * (1 - 1e-3)
-    return Facts(numbers, traits, {}, square(frame, TILE) if show else None)
+    return Facts(numbers, traits, {}, square(frame[None], TILE)[0] if show else None)
 
 
 def filtered(metas: Sequence[dict[str, Any]], filters: FilterConfig, active: Sequence[str]) -> list[str]:

@@ -191,9 +191,9 @@ def test_static_clips_and_cuts_are_dropped(tmp_path: Path, make_video: Any, make
 
 
 def test_the_limits_of_keep_are_what_they_say() -> None:
-    clip = np.zeros((3, 4, 4, 3), np.uint8)
-    clip[1:] = 10
-    clip[2] = 250  # differences of 10 and 240: no wrap at zero
+    clip = torch.zeros((3, 3, 4, 4), dtype=torch.uint8)
+    clip[:, 1] = 10
+    clip[:, 2] = 250  # differences of 10 and 240: no wrap at zero
     Keep(min_motion=125, max_cut=240).check(clip)
     for keep, cause in ((Keep(min_motion=126), "static"), (Keep(max_cut=239), "cut")):
         with pytest.raises(ValueError, match=cause):

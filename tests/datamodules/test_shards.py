@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.shards import Mixture, Order, Positions, Stream, collate, permutation
+from datamodules.shards import Mixture, Order, Positions, Collate, Stream, permutation
 from datamodules.tars import expand, index, scan
 
 
@@ -122,7 +122,7 @@ def test_a_bad_sample_is_replaced_by_the_next_and_reported() -> None:
     sample = stream[position]
     assert sample["key"] == clean[position + 1]["key"]
     assert sample["skipped"] == [("numbers:3", "the number is bad")]
-    batch = collate([stream[p] for p in range(10)])
+    batch = Collate()([stream[p] for p in range(10)])
     assert batch["x"].shape == (10,) and isinstance(batch["key"], list)
     assert batch["skipped"] == [("numbers:3", "the number is bad")]
 
