@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.shards import Mixture, Order, Positions, Collate, Stream, permutation
+from datamodules.shards import Collate, Mixture, Order, Positions, Stream, permutation
 from datamodules.tars import expand, index, scan
 
 
