@@ -6,9 +6,17 @@ from PIL import Image
 from torch import Tensor
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The short side resized to `resolution`, then the centre square. PIL always resizes antialiased."""
+def square(image: Image.Image, resolution: int, crop: int | None = None) -> Image.Image:
+    """The short side resized to `resolution`, then the centre square. PIL always resizes antialiased.
+
+    Where a crop will be cut of it, a smaller picture is not enlarged, as a network for details would learn that there
+    are none. Raises ValueError for a picture smaller than the crop.
+    """
     width, height = image.size
+    if crop is not None:
+        if min(width, height) < crop:
+            raise ValueError(f"the picture is smaller than the crop of {crop} pixels")
+        resolution = min(resolution, width, height)
     scale = resolution / min(width, height)
     size = max(round(width * scale), resolution), max(round(height * scale), resolution)
     if size != image.size:

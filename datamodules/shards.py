@@ -105,6 +105,12 @@ class Mixture:
         source = int(self.pattern[slot])
         return source, block * int(self.counts[source]) + int(self.earlier[slot])
 
+    def before(self, position: int) -> np.ndarray:
+        """How many of the positions before this one are of each source: (sources,) int64."""
+        block, offset = divmod(position, self.BLOCK)
+        slots = permutation(self.seed, block, self.BLOCK, group=2**31)[:offset]
+        return block * self.counts + np.bincount(self.pattern[slots], minlength=len(self.counts))
+
 
 class Positions(Sampler[list[int]]):
     """Endless batches of positions of a rank; step s begins at start + (s * world + rank) * batch.
@@ -282,16 +288,22 @@ class StreamDataModule(LightningDataModule):
             self._start = self.consumed
             self._progress = self.trainer.fit_loop.epoch_loop.batch_progress
             self._processed = self._progress.total.processed
-        rank = self.trainer.global_rank if self.trainer else 0
         loader: DataLoader[Sample] = DataLoader(
-            Stream(self.sources(), self.seed, weights=self.weights, window=self.window),
-            batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
+            self.dataset(),
+            batch_sampler=self.batches(self.trainer.global_rank if self.trainer else 0),
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
         return Batches(loader)
+
+    def dataset(self) -> Dataset[Sample]:
+        return Stream(self.sources(), self.seed, weights=self.weights, window=self.window)
+
+    def batches(self, rank: int) -> Sampler[list[Any]]:
+        """The positions of each batch of a rank, from where training stands."""
+        return Positions(lambda: self.consumed, self.batch_size, rank, self.world)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}

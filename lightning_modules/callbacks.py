@@ -192,7 +192,7 @@ class DataCounts(L.Callback):
         if getattr(data, "skipped", None):
             pl_module.log("data/skipped", float(sum(data.skipped.values())))
         rates = getattr(data, "rates", None)
-        if not rates:
+        if not rates or "fps" not in batch:  # a batch of pictures, in joint training
             return
         pl_module.log("data/fps", batch["fps"].mean())  # of this batch: the same numbers after a resume
         if trainer.global_step % self.every == 0:
