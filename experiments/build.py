@@ -141,6 +141,14 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
     )
 
 
+def strategy(part: StageConfig) -> str:
+    """Lightning's strategy for a stage. DDP must be told that pictures leave the temporal layers without gradients."""
+    name, devices = part.trainer.strategy, part.trainer.devices
+    several = torch.cuda.device_count() > 1 if devices == "auto" else devices != "1"
+    joint = isinstance(part, VideoStage) and part.image_share > 0
+    return "ddp_find_unused_parameters_true" if joint and (name == "ddp" or (name == "auto" and several)) else name
+
+
 def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTextDataModule | VideoDataModule:
     """The data of a stage: captioned images, or clips without a word. `clip` names the embeddings to come with them."""
     part = section(config, stage)
