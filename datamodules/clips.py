@@ -262,7 +262,7 @@ def take_clip(
     duration = float(times[-1] - times[0])
     indices, achieved = choose_frames(duration, (len(times) - 1) / duration, times, f, frames, rng)
     pixels = video.frames(first + indices)
-    clip = square(pixels, resolution).transpose(0, 1)
+    clip = square(pixels, resolution, crop).transpose(0, 1)
     keep.check(clip)
     return random_crop(clip, crop, rng), achieved
 
@@ -280,8 +280,8 @@ def read_clip(
     """A clip at about `f` frames per second as uint8 (3, frames, h, w), and its achieved rate.
 
     The short side becomes `resolution`, the centre square is cut, and with `crop` one random square of
-    it, the same in all frames. source: a path, or the bytes of a file. span: the seconds from the first frame
-    that it may show. Raises FileNotFoundError, and ValueError for a file that is damaged or too short, a span
-    outside it, and a clip that `keep` drops.
+    it, the same in all frames; frames are then not enlarged (`square`). source: a path, or the bytes of a file.
+    span: the seconds from the first frame that it may show. Raises FileNotFoundError, and ValueError for a file that is
+    damaged, too short or smaller than the crop, a span outside it, and a clip that `keep` drops.
     """
     return take_clip(open_video(source), f, frames, resolution, rng, crop, [span] if span else None, keep)

@@ -25,8 +25,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("json", "txt")
 
 
-def decode(data: bytes, resolution: int) -> Tensor:
-    """The centre square of a picture from its file's bytes, RGB uint8 (3, resolution, resolution).
+def decode(data: bytes, resolution: int, crop: int | None = None) -> Tensor:
+    """The centre square of a picture from its file's bytes, RGB uint8 (3, s, s), s as of `square`.
 
     Transparency becomes white. Raises ValueError.
     """
@@ -41,7 +41,7 @@ def decode(data: bytes, resolution: int) -> Tensor:
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be decoded ({type(error).__name__})") from error
-    return square(pixels[None], resolution)[0]
+    return square(pixels[None], resolution, crop)[0]
 
 
 def metadata(entry: Entry) -> dict[str, Any]:
@@ -98,6 +98,7 @@ class Pairs:
     random_caption: bool = False
     clip: str = ""
     rows: tuple[int, ...] = ()  # of each entry in its shard's file of embeddings
+    text: bool = True  # false: captions are not read, and there is no "text"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -116,13 +117,14 @@ class Pairs:
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         entry = self.entries[index]
-        text = caption(metadata(entry), rng if self.random_caption else None)
-        sample: Sample = {"text": text, "key": entry.key}
+        sample: Sample = {"key": entry.key}
+        if self.text:
+            sample["text"] = caption(metadata(entry), rng if self.random_caption else None)
         if self.clip:
             sample |= embeddings.read(entry.shard, self.rows[index], self.clip)
         if self.resolution:
             extension = next(extension for extension in IMAGES if extension in entry.members)
-            sample["image"] = random_crop(decode(entry.read(extension), self.resolution), self.crop, rng)
+            sample["image"] = random_crop(decode(entry.read(extension), self.resolution, self.crop), self.crop, rng)
         return sample
 
 
@@ -185,11 +187,12 @@ class ImageTextDataModule(StreamDataModule):
     shards: .tar files at paths or fsspec addresses (s3://, https://), folders, globs or brace ranges; a folder
     may hold a CSV and pictures instead. weights: of each of them in the mixture; none = all are one set.
     batch_size: samples of one rank. resolution: the short side in pixels, before the centre square is cut; crop:
-    side of a random crop of that square, or None for all of it. seed: of order, crops and captions. workers:
-    processes that decode; 0 decodes in this one. random_caption: draw the caption from the main and the
-    alternative ones, else always the main one. clip: name of the CLIP whose embeddings come with each sample
-    (`make embed`), or ""; then the caption is the main one, and resolution 0 leaves the pictures out. filters: on
-    metadata. max_skipped, window: as in `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs`.
+    side of a random crop of that square, or None for all of it; with a crop, smaller pictures are not enlarged.
+    seed: of order, crops and captions. workers: processes that decode; 0 decodes in this one. random_caption: draw the
+    caption from the main and the alternative ones, else always the main one. clip: name of the CLIP whose embeddings
+    come with each sample (`make embed`), or ""; then the caption is the main one, and resolution 0 leaves the pictures
+    out. filters: on metadata. text: false leaves captions unread and batches without "text". max_skipped, window: as in
+    `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs`.
     """
 
     def __init__(
@@ -206,6 +209,7 @@ class ImageTextDataModule(StreamDataModule):
         filters: FilterConfig | None = None,
         max_skipped: float = 0.5,
         window: int = 0,
+        text: bool = True,
     ) -> None:
         super().__init__(batch_size, seed, workers, max_skipped, window)
         if resolution or not clip:
@@ -217,7 +221,7 @@ class ImageTextDataModule(StreamDataModule):
         self.weights = tuple(weights) or (1.0,)
         self.filters = Filters(filters or FilterConfig())
         self.clip, self.random_caption = clip, random_caption and not clip
-        self.resolution, self.crop = resolution, crop
+        self.resolution, self.crop, self.text = resolution, crop, text
         self._pairs: list[Pairs] = []
 
     def setup(self, stage: str | None = None) -> None:
@@ -228,7 +232,7 @@ class ImageTextDataModule(StreamDataModule):
             pairs, report = open_pairs(
                 expand(group), self.resolution, self.crop, self.random_caption, self.clip, self.filters
             )
-            self._pairs.append(pairs)
+            self._pairs.append(replace(pairs, text=self.text))
             self.note(report.problems)
             self.filtered += report.filtered
         if self.filtered:

@@ -6,13 +6,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def square(pictures: np.ndarray, resolution: int) -> Tensor:
+def square(pictures: np.ndarray, resolution: int, crop: int | None = None) -> Tensor:
     """The centre squares of pictures of one size, uint8 (n, h, w, 3), as uint8 (n, 3, resolution, resolution).
 
     Resized antialiased. The colours of a pixel stay side by side in memory: to part them would cost as much again.
+    Where a crop will be cut of them, smaller pictures are not enlarged, as a network for details would learn that there
+    are none. Raises ValueError for pictures smaller than the crop.
     """
     height, width = pictures.shape[1:3]
     side = min(height, width)
+    if crop is not None:
+        if side < crop:
+            raise ValueError(f"the picture is smaller than the crop of {crop} pixels")
+        resolution = min(resolution, side)
     top, left = (height - side) // 2, (width - side) // 2
     cut = torch.from_numpy(pictures[:, top : top + side, left : left + side]).permute(0, 3, 1, 2)
     if side == resolution:

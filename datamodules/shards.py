@@ -6,6 +6,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -105,6 +106,12 @@ class Mixture:
         slot = permutation(self.seed, block, self.BLOCK, group=2**31)[offset]
         source = int(self.pattern[slot])
         return source, block * int(self.counts[source]) + int(self.earlier[slot])
+
+    def before(self, position: int) -> np.ndarray:
+        """How many of the positions before this one are of each source: (sources,) int64."""
+        block, offset = divmod(position, self.BLOCK)
+        slots = permutation(self.seed, block, self.BLOCK, group=2**31)[:offset]
+        return block * self.counts + np.bincount(self.pattern[slots], minlength=len(self.counts))
 
 
 class Positions(Sampler[list[int]]):
@@ -210,7 +217,7 @@ class Collate:
     def __init__(self, batch: int = 0, pixels: Sequence[int] = (), workers: int = 0) -> None:
         """pixels: the shape (c, ..., h, w) of a sample's picture or clip."""
         self.turn = 0
-        shape = (workers, AHEAD + 1, batch, *pixels[1:], *pixels[:1])
+        shape = (workers, AHEAD + 1, batch * math.prod(pixels))
         self.shared = torch.empty(shape, dtype=torch.uint8).share_memory_() if pixels and workers else None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -228,15 +235,19 @@ class Collate:
         pixels, worker = [value.movedim(0, -1) for value in values], get_worker_info()
         if worker is None or self.shared is None:
             return torch.stack(pixels).movedim(-1, 1)
-        np.stack([value.numpy() for value in pixels], out=self.shared[worker.id, self.turn].numpy())
-        return Place(worker.id, self.turn)
+        place = Place(worker.id, self.turn, (len(pixels), *pixels[0].shape))
+        np.stack([value.numpy() for value in pixels], out=self.at(place).numpy())
+        return place
+
+    def at(self, place: "Place") -> Tensor:
+        assert self.shared is not None
+        return self.shared[place.worker, place.turn].view(place.shape)
 
     def receive(self, batch: Batch) -> Batch:
         """A batch as it came from a worker or this process, with its pixels; in pinned memory where there is a GPU."""
         for name, value in batch.items():
             if isinstance(value, Place):
-                assert self.shared is not None
-                value = self.shared[value.worker, value.turn].movedim(-1, 1)
+                value = self.at(value).movedim(-1, 1)
                 # Not clone: its threads would wait, spinning, for work that is over.
                 value = value.pin_memory() if torch.cuda.is_available() else torch.from_numpy(value.numpy().copy("K"))
             batch[name] = value
@@ -248,6 +259,7 @@ class Place(NamedTuple):
 
     worker: int
     turn: int
+    shape: tuple[int, ...]  # (b, ..., h, w, c)
 
 
 class Batches:
@@ -331,16 +343,22 @@ class StreamDataModule(LightningDataModule):
             self._start = self.consumed
             self._progress = self.trainer.fit_loop.epoch_loop.batch_progress
             self._processed = self._progress.total.processed
-        rank, sources = self.trainer.global_rank if self.trainer else 0, self.sources()
         loader: DataLoader[Sample] = DataLoader(
-            Stream(sources, self.seed, weights=self.weights, window=self.window),
-            batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
-            collate_fn=Collate(self.batch_size, sources[0].pixels, self.workers),
+            self.dataset(),
+            batch_sampler=self.batches(self.trainer.global_rank if self.trainer else 0),
+            collate_fn=Collate(self.batch_size, self.sources()[0].pixels, self.workers),
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
             persistent_workers=self.workers > 0,
         )
         return Batches(loader)
+
+    def dataset(self) -> Dataset[Sample]:
+        return Stream(self.sources(), self.seed, weights=self.weights, window=self.window)
+
+    def batches(self, rank: int) -> Sampler[list[Any]]:
+        """The positions of each batch of a rank, from where training stands."""
+        return Positions(lambda: self.consumed, self.batch_size, rank, self.world)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}

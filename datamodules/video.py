@@ -5,6 +5,7 @@ but a property: the captions are never kept, so there is nothing to leak.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, Sampler
 
 from datamodules.clips import Curriculum, Keep, take_clip
+from datamodules.image_text import ImageTextDataModule
+from datamodules.joint import Streams, Turns
 from datamodules.pixels import check_sizes
-from datamodules.shards import Batch, Sample, StreamDataModule
+from datamodules.shards import Batch, Batches, Mixture, Sample, StreamDataModule
 from datamodules.tars import Entry
 from datamodules.video_sources import Clip, list_clips
 
@@ -31,7 +35,7 @@ class Clips:
     resolution: int
     crop: int | None
     curriculum: Curriculum
-    samples_per_step: int  # over all ranks: turns a position into a training step
+    samples_per_step: float  # over all ranks: turns a position into a training step
     keep: Keep = EVERY
     rate: float | None = None  # frames per second for all clips, in place of the curriculum's
 
@@ -53,7 +57,7 @@ class Clips:
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         clip = self.clips[index]
-        f = self.rate or self.curriculum.draw(rng, position // self.samples_per_step)
+        f = self.rate or self.curriculum.draw(rng, int(position // self.samples_per_step))
         video, spans = clip.open()
         pixels, fps = take_clip(video, f, self.frames, self.resolution, rng, self.crop, spans, self.keep)
         return {"video": pixels, "fps": torch.tensor(fps, dtype=torch.float32), "key": clip.key}
@@ -64,12 +68,15 @@ class VideoDataModule(StreamDataModule):
 
     root: a folder of videos; a folder with a WebVid CSV (columns videoid, page_dir) and videos
     page_dir/videoid.mp4, or that CSV; tar shards of video2dataset (a .tar, a folder, a glob or a brace range of
-    them); or an HD-VILA .jsonl with its videos beside it. `list_clips` tells them apart.
+    them); or an HD-VILA .jsonl with its videos beside it. `list_clips` tells them apart. Several are one set.
     batch_size: clips of one rank. frames: of a clip. resolution: the short side in pixels, before the
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
     seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
     standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
     them. window: as there.
+    images, image_share: joint training; this share of the batches, the same on all ranks, are pictures of that module's
+    shards in place of clips, {"image": uint8 (b * frames, 3, h, w), "key": list[str]}, as many as a batch has frames.
+    The clips are those there would be without them, in their order; a checkpoint counts the pictures by themselves.
     "fps" is the rate of the frames taken, not the one asked for. There is never text in a batch.
     Raises FileNotFoundError and ValueError as `list_clips` does.
 
@@ -80,7 +87,7 @@ class VideoDataModule(StreamDataModule):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Sequence[str],
         batch_size: int,
         frames: int,
         resolution: int,
@@ -92,26 +99,89 @@ class VideoDataModule(StreamDataModule):
         keep: Keep = EVERY,
         max_skipped: float = 0.5,
         window: int = 0,
+        images: ImageTextDataModule | None = None,
+        image_share: float = 0.0,
     ) -> None:
         super().__init__(batch_size, seed, workers, max_skipped, window)
         check_sizes(resolution, crop)
+        if not 0 <= image_share < 1:
+            raise ValueError(f"The share of pictures is {image_share}; give 0 for none, and less than 1.")
+        if images is not None and images.text:
+            raise ValueError("A video stage has no place for captions: its pictures come without text.")
         if frames < 2:
             raise ValueError(f"A clip has frames = {frames}; give at least 2, one frame has no rate.")
-        self.root, self.frames, self.resolution, self.crop = str(root), frames, resolution, crop
+        self.roots = [str(root)] if isinstance(root, str | Path) else list(root)
+        self.frames, self.resolution, self.crop = frames, resolution, crop
         self.curriculum, self.keep = curriculum, keep
         self.rates: Counter[int] = Counter()
         self._clips: list[Clip] = []
+        self.images, self.image_share = images, image_share
+        self._turns = Mixture(seed, [1 - image_share, image_share] if images else [1.0])
+        self._first_picture = 0  # pictures trained on when counting began
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the list of clips, once, and counts what is damaged in it."""
-        if not self._clips:
-            self._clips, problems = list_clips(self.root)
+        """Reads the lists of clips, once, and counts what is damaged in them."""
+        if self._clips:
+            return
+        for root in self.roots:
+            clips, problems = list_clips(root)
+            self._clips += clips
             self.note(problems)
+        if self.images:
+            self.images.setup()
+            self.skipped += self.images.skipped
+            self._examples = {**self.images._examples, **self._examples}
+            self.filtered += self.images.filtered
+
+    @property
+    def consumed(self) -> int:
+        """Clips trained on so far, over all ranks."""
+        if self.images is None:
+            return super().consumed
+        return self._start + self._turns_taken()[0] * self.batch_size * self.world
+
+    @property
+    def pictures(self) -> int:
+        """Pictures trained on so far, over all ranks."""
+        return self._first_picture + self._turns_taken()[1] * self.batch_size * self.frames * self.world
+
+    def _turns_taken(self) -> list[int]:
+        """Batches of clips and of pictures since counting began."""
+        if self._progress is None:
+            return [0, 0]
+        now = self._turns.before(self._progress.total.processed)
+        return (now - self._turns.before(self._processed)).tolist()
+
+    def train_dataloader(self) -> Batches:
+        if self.trainer and self.images:
+            self._first_picture = self.pictures
+        return super().train_dataloader()
+
+    def dataset(self) -> Dataset[Sample]:
+        clips = super().dataset()
+        return clips if self.images is None else Streams(clips, self.images.dataset())
+
+    def batches(self, rank: int) -> Sampler[list[Any]]:
+        if self.images is None:
+            return super().batches(rank)
+
+        def start() -> tuple[int, Sequence[int]]:
+            return self._progress.total.processed if self._progress else 0, (self.consumed, self.pictures)
+
+        return Turns(self._turns, start, (self.batch_size, self.batch_size * self.frames), rank, self.world)
+
+    def state_dict(self) -> dict[str, int]:
+        return super().state_dict() | ({"pictures": self.pictures} if self.images else {})
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        super().load_state_dict(state_dict)
+        self._first_picture = int(state_dict.get("pictures", 0))
 
     def source(self) -> Clips:
         self.setup()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        samples_per_step = self.batch_size * self.world * accumulate
+        # The curriculum goes by training steps, of which those with pictures take no clips.
+        samples_per_step = self.batch_size * self.world * accumulate * (1 - self.image_share)
         return Clips(
             self._clips,
             self.frames,

@@ -104,6 +104,9 @@ def diffusion(config: Config, stage: str) -> Diffusion:
 def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.LightningModule:
     """The LightningModule of a stage."""
     part: Any = section(config, stage)
+    if isinstance(part, VideoStage) and part.image_share and part.freeze_spatial:
+        raise ValueError(f"{stage}: pictures teach the spatial layers, which freeze_spatial holds still: "
+                         "set image_share=0 or freeze_spatial=false.")  # fmt: skip
     if stage == "clip":
         return ClipModule(net, part.optim)
     if stage.startswith("sr_"):
@@ -117,6 +120,7 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
             blur=shape.blur,
             max_noise_level=shape.max_noise_level,
             freeze_spatial=getattr(part, "freeze_spatial", False) and net.temporal,
+            degradation=shape.degradation,
         )
     assert clip is not None
     if stage == "prior":
@@ -137,6 +141,14 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
     )
 
 
+def strategy(part: StageConfig) -> str:
+    """Lightning's strategy for a stage. DDP must be told that pictures leave the temporal layers without gradients."""
+    name, devices = part.trainer.strategy, part.trainer.devices
+    several = torch.cuda.device_count() > 1 if devices == "auto" else devices != "1"
+    joint = isinstance(part, VideoStage) and part.image_share > 0
+    return "ddp_find_unused_parameters_true" if joint and (name == "ddp" or (name == "auto" and several)) else name
+
+
 def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTextDataModule | VideoDataModule:
     """The data of a stage: captioned images, or clips without a word. `clip` names the embeddings to come with them."""
     part = section(config, stage)
@@ -147,13 +159,13 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
         # CLIP must see the same pictures in every stage: the decoder's are made smaller after it has read them.
         decoder = stage not in ("clip", "prior")
         resolution, crop = max(config.clip.model.image_size, config.decoder.size if decoder else 0), None
-    batch = part.trainer.batch_size
     if isinstance(part, VideoStage):
-        if not config.data.clips:
+        clips = part.clips or [config.data.clips]
+        if not all(clips):
             raise ValueError("data.clips is empty: name the folder with the clips and their CSV.")
         return VideoDataModule(
-            config.data.clips,
-            batch,
+            clips,
+            part.trainer.batch_size,
             part.frames,
             resolution,
             crop,
@@ -163,25 +175,35 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             keep=config.data.keep,
             max_skipped=config.data.max_skipped,
             window=config.data.window,
+            images=stills(config, part, resolution, crop, text=False) if part.image_share else None,
+            image_share=part.image_share,
         )
-    if not config.data.shards:
-        raise ValueError("data.shards is empty: name the tar shards of captioned images.")
     embedded = clip.name if clip is not None and config.data.embeddings else ""
     if embedded:
         # CLIP has read the pictures already: the prior needs none, the decoder its own size.
         resolution = config.decoder.size if stage == "decoder" else 0
+    return stills(config, part, resolution, crop, clip=embedded)
+
+
+def stills(
+    config: Config, part: StageConfig, resolution: int, crop: int | None, clip: str = "", text: bool = True
+) -> ImageTextDataModule:
+    """The captioned images; without `text` no caption is read."""
+    if not config.data.shards:
+        raise ValueError("data.shards is empty: name the tar shards of captioned images.")
     return ImageTextDataModule(
         config.data.shards,
-        batch,
+        part.trainer.batch_size,
         resolution,
         crop,
         config.seed,
         part.trainer.workers,
-        clip=embedded,
+        clip=clip,
         weights=config.data.weights,
         filters=config.data.filters,
         max_skipped=config.data.max_skipped,
         window=config.data.window,
+        text=text,
     )
 
 

@@ -89,6 +89,8 @@ class VideoStage(StageConfig):
     frames: int = 16
     curriculum: Curriculum = field(default_factory=lambda: Curriculum(steps=100_000))  # of frame rates
     freeze_spatial: bool = False  # train the temporal layers alone (the paper says both)
+    image_share: float = 0.0  # share of batches that are pictures of data.shards (arXiv 2204.03458; paper: none)
+    clips: list[str] = field(default_factory=list)  # of this stage, several are one set; none = data.clips
 
 
 @dataclass
@@ -108,7 +110,8 @@ class SuperResolutionStage(StageConfig):
     crop: int = 64  # side of the training crops (unCLIP: a quarter)
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(low_res=True, attention=[]))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    blur: float = 0.6  # deviation of the Gaussian blur of the small image
+    degradation: str = "blur"  # of the small image: blur | bsr, a random mix of blur, resizing, noise and JPEG
+    blur: float = 0.6  # deviation of the Gaussian blur
     max_noise_level: int = 250  # the small image is noised to a random diffusion time below this
     finetune_on_video: bool = True  # does the stage go on with video? (SR_h: sources disagree; default on)
 

@@ -59,7 +59,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     trainer = L.Trainer(
         accelerator=part.trainer.accelerator,
         devices=part.trainer.devices,
-        strategy=part.trainer.strategy,
+        strategy=build.strategy(part),
         precision=build.precision(part.trainer.precision),  # type: ignore[arg-type]
         max_steps=part.trainer.max_steps,
         max_epochs=-1,

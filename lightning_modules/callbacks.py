@@ -192,10 +192,12 @@ class DataCounts(L.Callback):
         if getattr(data, "skipped", None):
             pl_module.log("data/skipped", float(sum(data.skipped.values())))
         rates = getattr(data, "rates", None)
-        if not rates:
+        if rates is None:
             return
-        pl_module.log("data/fps", batch["fps"].mean())  # of this batch: the same numbers after a resume
-        if trainer.global_step % self.every == 0:
+        # Of this batch: the same numbers after a resume. Pictures, in joint training, have no rate, and a value that is
+        # not replaced would be logged again.
+        pl_module.log("data/fps", batch["fps"].mean() if "fps" in batch else float("nan"))
+        if rates and trainer.global_step % self.every == 0:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     bins = np.arange(min(rates), max(rates) + 2)

@@ -10,6 +10,8 @@ class InterpolationModule(DecoderModule):
     """D^t with four more input channels: the given frames, zero where missing, and their mask (1 = given)."""
 
     def given(self, x0: Tensor) -> dict[str, Tensor]:
+        if x0.ndim == 4:  # of a picture, in joint training, nothing is given
+            return {}
         mask = random_masks(x0.shape[0], x0.shape[2]).to(x0.device)[:, None, :, None, None]
         return {"given": torch.cat((x0 * mask, mask.expand(-1, 1, -1, *x0.shape[3:])), dim=1)}
 

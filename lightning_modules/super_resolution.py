@@ -8,11 +8,14 @@ from einops import rearrange
 from torch import Tensor
 
 from lightning_modules.decoder import freeze_all_but_temporal, per_frame, pixels, resized
+from lightning_modules.degradation import DRAWS, bsr
 from lightning_modules.optim import OptimConfig, optimizers
 from models.cascade import pixel_denoiser
 from models.diffusion import Diffusion, gaussian_blur, low_res_condition
 from models.samplers import clipped, ddim
 from models.unet import UNet
+
+DEGRADATIONS = ("blur", "bsr")
 
 
 class SuperResolutionModule(L.LightningModule):
@@ -21,6 +24,7 @@ class SuperResolutionModule(L.LightningModule):
     Args:
         factor: large side / small side.
         blur: deviation of the Gaussian blur of the small clip, 3 pixels wide (0.6 in unCLIP for 64 -> 256).
+        degradation: blur, of half of the samples (SR_l in unCLIP), or bsr, a random mix (SR_h).
         max_noise_level: the small clip is noised to a random diffusion time below this (arXiv 2106.15282).
     """
 
@@ -33,10 +37,14 @@ class SuperResolutionModule(L.LightningModule):
         blur: float = 0.6,
         max_noise_level: int = 250,
         freeze_spatial: bool = False,
+        degradation: str = "blur",
     ):
         super().__init__()
+        if degradation not in DEGRADATIONS:
+            raise ValueError(f"degradation '{degradation}' is not one of {', '.join(DEGRADATIONS)}.")
         self.net, self.diffusion, self.optim = net, diffusion, optim
         self.factor, self.blur, self.max_noise_level = factor, blur, max_noise_level
+        self.degradation = degradation
         if freeze_spatial:
             freeze_all_but_temporal(net)
 
@@ -48,10 +56,8 @@ class SuperResolutionModule(L.LightningModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a batch, with times and noise from the global generator."""
         x0, fps = self.target(batch)
-        half = torch.rand(len(x0), device=self.device) < 0.5  # half are blurred, as real inputs are not always soft
-        small = resized(x0, x0.shape[-1] // self.factor)
-        blurred = per_frame(small, lambda rows: gaussian_blur(rows, self.blur))
-        small = torch.where(half.view(-1, 1, 1, 1, 1), blurred, small)
+        with torch.autocast(x0.device.type, enabled=False):  # bf16 would add a degradation of its own
+            small = self.degraded(x0)
         level = torch.randint(max(1, self.max_noise_level), (len(x0),), device=self.device)
         low = low_res_condition(small, x0.shape[-1], self.diffusion, level, torch.randn_like(x0))
         t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
@@ -59,6 +65,15 @@ class SuperResolutionModule(L.LightningModule):
         z = self.diffusion.noised(x0, t, eps)
         output = self.net(z, t, low_res=low, noise_level=level, fps=fps)
         return self.diffusion.loss(output, x0, z, t, eps).mean()
+
+    def degraded(self, x0: Tensor) -> Tensor:
+        """The large clips made small, and worse than they need be: SR must forgive what the stage before it does."""
+        if self.degradation == "bsr":
+            return bsr(x0, self.factor, torch.rand(len(x0), DRAWS, device="cpu"), torch.randn_like(x0))
+        half = torch.rand(len(x0), device=self.device) < 0.5  # half are blurred, as real inputs are not always soft
+        small = resized(x0, x0.shape[-1] // self.factor)
+        blurred = per_frame(small, lambda rows: gaussian_blur(rows, self.blur))
+        return torch.where(half.view(-1, 1, 1, 1, 1), blurred, small)
 
     def target(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The large clips `b 3 f h w` and their fps; a network without time sees frames as images."""

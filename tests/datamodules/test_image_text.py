@@ -5,12 +5,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from datamodules import ImageTextDataModule
+from datamodules.pixels import square
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo"
 
@@ -29,10 +31,23 @@ def test_a_batch_holds_squares_captions_and_keys(tmp_path: Path, make_shard: Any
     assert red[0] > 240 and red[1:].max() < 16
 
 
-def test_crops_are_cut_and_small_pictures_enlarged(tmp_path: Path, make_shard: Any) -> None:
+def test_a_whole_picture_is_enlarged_and_a_crop_never(tmp_path: Path, make_shard: Any) -> None:
     make_shard(tmp_path / "a.tar", 4, size=(20, 30))
-    (batch,) = batches(ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64, crop=24), 1)
-    assert batch["image"].shape == (4, 3, 24, 24)
+    (batch,) = batches(ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64), 1)
+    assert batch["image"].shape == (4, 3, 64, 64)
+    (batch,) = batches(ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64, crop=16), 1)
+    assert batch["image"].shape == (4, 3, 16, 16)
+    with pytest.raises(RuntimeError, match="the picture is smaller than the crop of 24 pixels"):
+        batches(ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64, crop=24), 1)
+
+
+def test_a_crop_shows_the_pixels_of_the_picture() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(1, 40, 50, 3), dtype=np.uint8)
+    assert np.array_equal(square(pixels, 64, crop=16).permute(0, 2, 3, 1), pixels[:, :, 5:45])
+    assert square(pixels, 32, crop=16).shape == (1, 3, 32, 32)
+
+
+def test_a_crop_is_not_larger_than_the_resolution(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="crop is 65 pixels of 64"):
         ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64, crop=65)
 
