@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 
-ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn within one
+# separate random streams of one seed: the order of samples, what is drawn within one, and what training draws for it
+ORDER, DRAWS, NOISE = 0, 1, 2
 
 
 @lru_cache(maxsize=8)  # positions rise, so at most two epochs of a source are in use at a time
@@ -165,13 +166,17 @@ class Stream(Dataset[Sample]):
         source, within = self.mixture(position)
         return self.sources[source], self.orders[source](within)
 
+    def noise(self, position: int) -> int:
+        """The seed of what training draws for the sample at `position`: its noise, on whichever rank it is."""
+        return int(np.random.SeedSequence((self.seed, NOISE, position)).generate_state(1, np.uint64)[0]) >> 1
+
     def __getitem__(self, position: int) -> Sample:
         skipped: list[tuple[str, str]] = []
         for attempt in range(self.patience):
             source, index = self.locate(position + attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
             try:
-                return {**source.load(index, position, rng), "skipped": skipped}
+                return {**source.load(index, position, rng), "seed": self.noise(position), "skipped": skipped}
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
                 skipped.append((source.name(index), describe(error)))
         common = Counter(cause for _, cause in skipped).most_common(3)
