@@ -25,7 +25,7 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 AHEAD = 2  # batches that each worker reads ahead
-ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn within one
+ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn for one
 
 
 @lru_cache(maxsize=8)  # positions rise, so at most two epochs of a source are in use at a time
@@ -182,8 +182,9 @@ class Stream(Dataset[Sample]):
         for attempt in range(self.patience):
             source, index = self.locate(position + attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
+            seed = int(rng.integers(2**63))  # of what training draws for the sample: its noise, on whichever rank it is
             try:
-                return {**source.load(index, position, rng), "skipped": skipped}
+                return {**source.load(index, position, rng), "seed": seed, "skipped": skipped}
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
                 skipped.append((source.name(index), describe(error)))
         common = Counter(cause for _, cause in skipped).most_common(3)

@@ -36,8 +36,8 @@ class TrainerConfig:
     accumulate: int = 1  # batches per step
     precision: str = "auto"  # auto = bf16-mixed where the hardware has bf16, else 32-true; or Lightning's names
     accelerator: str = "auto"
-    devices: str = "auto"
-    strategy: str = "auto"
+    devices: str = "auto"  # on each machine
+    strategy: str = "auto"  # auto | ddp | fsdp (weights, gradients, optimiser and average split over a machine's GPUs)
     workers: int = 2  # processes that read data
     clip_gradients: float = 1.0  # largest norm of the gradient, 0 = any
     ema_decay: float = 0.9999

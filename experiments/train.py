@@ -17,11 +17,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
 from experiments import build
 from experiments.cli import for_people
 from experiments.config import Config, load, save
+from lightning_modules import parallel
 from lightning_modules.callbacks import EMA, ClipGradients, DataCounts, Probe, Samples, StepSeed
 from lightning_modules.csv_logger import MetricsCSV
 
@@ -51,16 +53,19 @@ def train(config: Config, stage: str) -> dict[str, Any]:
 
     last = run / "checkpoints" / "last.ckpt"
     done = steps_done(last, module, part.trainer.max_steps) if last.exists() else 0
-    save(config, run / "config.yaml")
-    (run / "summary.json").unlink(missing_ok=True)
+    if rank_zero_only.rank == 0:
+        save(config, run / "config.yaml")
+        (run / "summary.json").unlink(missing_ok=True)
+    precision = build.precision(part.trainer.precision)
     ema = EMA(part.trainer.ema_decay)
     probe = Probe(preview, ema, config.seed)
     progress = Progress(recipe.title)
     trainer = L.Trainer(
         accelerator=part.trainer.accelerator,
         devices=part.trainer.devices,
-        strategy=build.strategy(part),
-        precision=build.precision(part.trainer.precision),  # type: ignore[arg-type]
+        num_nodes=parallel.nodes(),
+        strategy=parallel.strategy(build.strategy(part), precision),
+        precision=precision,  # type: ignore[arg-type]
         max_steps=part.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
@@ -93,8 +98,9 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     except SystemExit:
         raise KeyboardInterrupt from None  # what Lightning makes of Ctrl-C
     finally:
+        seconds = before + time.time() - start
         if trainer.is_global_zero:
-            (run / "seconds.json").write_text(json.dumps(before + time.time() - start))
+            (run / "seconds.json").write_text(json.dumps(seconds))
         for logger in trainer.loggers:
             logger.finalize("success" if trainer.global_step >= trainer.max_steps else "interrupted")
             if isinstance(logger, WandbLogger):
@@ -104,13 +110,13 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         "stage": stage,
         "parameters": sum(p.numel() for p in net.parameters()),
         "steps": trainer.global_step,
-        "seconds": round(seconds_so_far(run), 1),
+        "seconds": round(seconds, 1),
         "first_loss": probe.values[0],
         "last_loss": probe.values[-1],
         "skipped": dict(data.skipped),
     }
+    state = {k: v.detach().cpu().contiguous() for k, v in parallel.gathered(net.state_dict()).items()}
     if trainer.is_global_zero:
-        state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
         whole(run / "weights.safetensors", lambda path: save_file(state, path, {"stage": stage, "size": config.size}))
         whole(run / "summary.json", lambda path: path.write_text(json.dumps(result, indent=2)))
     return result
@@ -168,6 +174,8 @@ def loggers(config: Config, stage: str, run: Path, first_step: int) -> list[Logg
 def run_id(run: Path) -> str:
     """W&B's id of a run folder, kept in it so that a resumed run is one run with one curve."""
     path = run / "wandb_id"
+    if rank_zero_only.rank != 0:
+        return ""  # only rank 0 logs
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(os.urandom(4).hex())
@@ -230,6 +238,8 @@ def main(arguments: list[str]) -> None:
     config = load(size, overrides, section=stage)
     run = build.run_folder(config, stage)
     result = train(config, stage)
+    if rank_zero_only.rank != 0:
+        return
     print(f"{build.STAGES[stage].title}: {result['steps']} steps, loss {result.get('first_loss', float('nan')):.3f}"
           f" -> {result.get('last_loss', float('nan')):.3f}, weights in {run / 'weights.safetensors'}")  # fmt: skip
 

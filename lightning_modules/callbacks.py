@@ -12,12 +12,14 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_modules.media import strip, write_mp4, write_png
+from lightning_modules.parallel import gathered, local, split, whole
 
 
 class StepSeed(L.Callback):
     """Seeds the global generator of every training step by (seed, batch number, rank).
 
-    A resumed run draws what the uninterrupted one would have drawn: times, noise, dropout, masks.
+    A resumed run draws what the uninterrupted one would have drawn: dropout, and all that has no seed of its sample
+    (`lightning_modules.draws`).
     """
 
     def __init__(self, seed: int):
@@ -44,14 +46,15 @@ class ClipGradients(L.Callback):
     ) -> None:
         trained = [p for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.limit or float("inf"))
-        pl_module.log("gradient_norm", norm)
+        pl_module.log("gradient_norm", whole(norm))
 
 
 class EMA(L.Callback):
     """Exponential moving average of the parameters of `pl_module.net`.
 
     The decay is warmed up, min(decay, (1 + n) / (10 + n)), so that the average is of use early. It goes into the
-    checkpoint, and takes the place of the weights while pictures are made and in the exported file.
+    checkpoint, and takes the place of the weights while pictures are made and in the exported file. It is split over
+    ranks where the weights are; in the checkpoint it is whole.
     """
 
     def __init__(self, decay: float):
@@ -62,7 +65,7 @@ class EMA(L.Callback):
         parameters = dict(pl_module.net.named_parameters())  # type: ignore[union-attr, operator]
         restored = self.average
         self.average = {
-            k: (restored[k] if k in restored else p).detach().clone().to(p.device) for k, p in parameters.items()
+            k: split(restored[k], p) if k in restored else p.detach().clone() for k, p in parameters.items()
         }
 
     @torch.no_grad()
@@ -73,19 +76,25 @@ class EMA(L.Callback):
             return
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = [p.detach() for p in pl_module.net.parameters()]  # type: ignore[union-attr, operator]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+        parameters = [local(p.detach()) for p in pl_module.net.parameters()]  # type: ignore[union-attr, operator]
+        torch._foreach_lerp_([local(a) for a in self.average.values()], parameters, 1 - decay)
 
+    @torch.no_grad()
     def swap(self, net: torch.nn.Module) -> None:
-        """Exchange weights and average; a second call exchanges them back."""
+        """Exchange weights and average in place; a second call exchanges them back."""
         for key, parameter in net.named_parameters():
-            parameter.data, self.average[key] = self.average[key], parameter.data
+            weights, average = local(parameter), local(self.average[key])
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
+        return {"average": gathered(self.average), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.updates = state["average"], state["updates"]
+        # Under FSDP the weights are split by now, under other strategies `on_fit_start` comes later.
+        made, self.updates = self.average, state["updates"]
+        self.average = {k: split(v, made[k]) if k in made else v for k, v in state["average"].items()}
 
 
 class Samples(L.Callback):
@@ -103,8 +112,9 @@ class Samples(L.Callback):
     ) -> None:
         step = trainer.global_step
         due = step % self.every == 0 or step == trainer.max_steps
-        if not due or not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not due or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        # On every rank, for under FSDP a forward pass is an affair of all; rank 0 writes.
         self.ema.swap(pl_module.net)  # type: ignore[arg-type]
         pl_module.eval()
         torch.manual_seed(self.seed)
@@ -113,7 +123,7 @@ class Samples(L.Callback):
             pictures = pl_module.sample(moved)  # type: ignore[operator]
         pl_module.train()
         self.ema.swap(pl_module.net)  # type: ignore[arg-type]
-        if pictures:
+        if pictures and trainer.is_global_zero:
             self.save(trainer, {k: v for k, v in pictures.items() if v.shape[1] == 3}, step)
 
     def save(self, trainer: L.Trainer, pictures: dict[str, Tensor], step: int) -> None:

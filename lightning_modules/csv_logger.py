@@ -54,6 +54,7 @@ class MetricsCSV(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(self.rows[step])
 
+    @rank_zero_only
     def rewrite(self) -> None:
         """Write all rows: after a resume, or when a new metric needs a column."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_modules.draws import Draws
 from lightning_modules.optim import OptimConfig, optimizers
+from lightning_modules.parallel import mean_of_ranks, shard
 from models.cascade import pixel_denoiser
 from models.clip import Clip, scaled
 from models.diffusion import Diffusion
@@ -52,25 +54,26 @@ class DecoderModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", mean_of_ranks(self, loss), prog_bar=True)
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss of a batch, with times and noise from the global generator."""
-        embedding = self.embedding(batch)
+        """The mean loss of a batch, with times and noise of each sample's seed."""
         x0 = resized(pixels(batch), self.size)
-        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
-        eps = torch.randn_like(x0)
+        draws = Draws(batch, len(x0), self.device)
+        embedding = self.embedding(batch, draws)
+        t = draws(torch.randint, self.diffusion.config.steps)
+        eps = draws.noise(x0)
         z = self.diffusion.noised(x0, t, eps)
-        drop = torch.rand(len(x0), device=self.device) < self.drop
-        output = self.net(z, t, embedding=embedding, drop=drop, fps=batch.get("fps"), **self.given(x0))
+        drop = draws(torch.rand) < self.drop
+        output = self.net(z, t, embedding=embedding, drop=drop, fps=batch.get("fps"), **self.given(x0, draws))
         return self.diffusion.loss(output, x0, z, t, eps).mean()
 
-    def given(self, x0: Tensor) -> dict[str, Tensor]:
+    def given(self, x0: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Further conditions of the network; the decoder has none."""
         return {}
 
-    def embedding(self, batch: dict[str, Any]) -> Tensor:
+    def embedding(self, batch: dict[str, Any], draws: Draws | None = None) -> Tensor:
         """The scaled CLIP image embedding `b d`: of each image, of each clip's chosen frame, or the batch's own."""
         if "image_embedding" in batch:
             return scaled(batch["image_embedding"].float())
@@ -82,10 +85,13 @@ class DecoderModule(L.LightningModule):
             every = self.clip.encode_image(rearrange(video, "b c f h w -> (b f) c h w"))
             return scaled(F.normalize(every.view(b, f, -1).mean(1), dim=-1))
         if self.clip_frame == "random":
-            chosen = torch.randint(f, (b,), device=video.device)
+            chosen = (draws or Draws(batch, b, video.device))(torch.randint, f)
         else:
             chosen = torch.full((b,), 0 if self.clip_frame == "first" else f // 2, device=video.device)
         return scaled(self.clip.encode_image(video[torch.arange(b, device=video.device), :, chosen]))
+
+    def configure_model(self) -> None:
+        shard(self)
 
     def configure_optimizers(self) -> Any:
         return optimizers(self.net, self.optim, self.trainer.max_steps)
@@ -93,8 +99,9 @@ class DecoderModule(L.LightningModule):
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], steps: int = 25) -> dict[str, Tensor]:
         """Pictures of the embeddings of a fixed batch, beside the originals: `real` and `made`, in [-1, 1]."""
-        embedding, real = self.embedding(batch), resized(pixels(batch), self.size)
-        given = self.given(real)
+        real = resized(pixels(batch), self.size)
+        draws = Draws(batch, len(real), self.device)
+        embedding, given = self.embedding(batch, draws), self.given(real, draws)
         shared = dict(embedding=embedding, fps=batch.get("fps"), **given)
         drop = torch.ones(len(real), dtype=torch.bool, device=self.device)
         denoise = guided(

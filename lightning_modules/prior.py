@@ -6,7 +6,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.draws import Draws
 from lightning_modules.optim import OptimConfig, optimizers
+from lightning_modules.parallel import mean_of_ranks, shard
 from models.clip import Clip, cut_captions, scaled
 from models.diffusion import Diffusion
 
@@ -27,22 +29,26 @@ class PriorModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", mean_of_ranks(self, loss), prog_bar=True)
         self.log("data/captions_cut", cut_captions(self.clip.tokens(batch["text"])))
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss of a batch, with times and noise from the global generator."""
+        """The mean loss of a batch, with times and noise of each sample's seed."""
         tokens = self.clip.tokens(batch["text"]).to(self.device)
         if "image_embedding" in batch:
             x0, text = scaled(batch["image_embedding"].float()), scaled(batch["text_embedding"].float())
         else:
             x0, text = scaled(self.clip.encode_image(batch["image"])), scaled(self.clip.encode_text(tokens))
-        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
-        eps = torch.randn_like(x0)
+        draws = Draws(batch, len(x0), self.device)
+        t = draws(torch.randint, self.diffusion.config.steps)
+        eps = draws.noise(x0)
         z = self.diffusion.noised(x0, t, eps)
-        output = self.net(z, t, tokens, text, drop=torch.rand(len(x0), device=self.device) < self.drop)
+        output = self.net(z, t, tokens, text, drop=draws(torch.rand) < self.drop)
         return self.diffusion.loss(output, x0, z, t, eps).mean()
+
+    def configure_model(self) -> None:
+        shard(self)
 
     def configure_optimizers(self) -> Any:
         return optimizers(self.net, self.optim, self.trainer.max_steps)

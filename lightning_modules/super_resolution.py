@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_modules.decoder import freeze_all_but_temporal, per_frame, pixels, resized
 from lightning_modules.degradation import DRAWS, bsr
+from lightning_modules.draws import Draws
 from lightning_modules.optim import OptimConfig, optimizers
+from lightning_modules.parallel import mean_of_ranks, shard
 from models.cascade import pixel_denoiser
 from models.diffusion import Diffusion, gaussian_blur, low_res_condition
 from models.samplers import clipped, ddim
@@ -50,27 +52,29 @@ class SuperResolutionModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", mean_of_ranks(self, loss), prog_bar=True)
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss of a batch, with times and noise from the global generator."""
+        """The mean loss of a batch, with times and noise of each sample's seed."""
         x0, fps = self.target(batch)
+        draws = Draws(batch, len(x0), self.device)
         with torch.autocast(x0.device.type, enabled=False):  # bf16 would add a degradation of its own
-            small = self.degraded(x0)
-        level = torch.randint(max(1, self.max_noise_level), (len(x0),), device=self.device)
-        low = low_res_condition(small, x0.shape[-1], self.diffusion, level, torch.randn_like(x0))
-        t = torch.randint(self.diffusion.config.steps, (len(x0),), device=self.device)
-        eps = torch.randn_like(x0)
+            small = self.degraded(x0, draws)
+        level = draws(torch.randint, max(1, self.max_noise_level))
+        low = low_res_condition(small, x0.shape[-1], self.diffusion, level, draws.noise(x0))
+        t = draws(torch.randint, self.diffusion.config.steps)
+        eps = draws.noise(x0)
         z = self.diffusion.noised(x0, t, eps)
         output = self.net(z, t, low_res=low, noise_level=level, fps=fps)
         return self.diffusion.loss(output, x0, z, t, eps).mean()
 
-    def degraded(self, x0: Tensor) -> Tensor:
+    def degraded(self, x0: Tensor, draws: Draws) -> Tensor:
         """The large clips made small, and worse than they need be: SR must forgive what the stage before it does."""
         if self.degradation == "bsr":
-            return bsr(x0, self.factor, torch.rand(len(x0), DRAWS, device="cpu"), torch.randn_like(x0))
-        half = torch.rand(len(x0), device=self.device) < 0.5  # half are blurred, as real inputs are not always soft
+            decisions = torch.cat([torch.rand(draws.each, DRAWS, generator=each) for each in draws.generators])
+            return bsr(x0, self.factor, decisions, draws.noise(x0))
+        half = draws(torch.rand) < 0.5  # half are blurred, as real inputs are not always soft
         small = resized(x0, x0.shape[-1] // self.factor)
         blurred = per_frame(small, lambda rows: gaussian_blur(rows, self.blur))
         return torch.where(half.view(-1, 1, 1, 1, 1), blurred, small)
@@ -83,6 +87,9 @@ class SuperResolutionModule(L.LightningModule):
         if self.net.temporal:
             return x0, batch["fps"]
         return rearrange(x0, "b c f h w -> (b f) c 1 h w"), None
+
+    def configure_model(self) -> None:
+        shard(self)
 
     def configure_optimizers(self) -> Any:
         return optimizers(self.net, self.optim, self.trainer.max_steps)

@@ -52,6 +52,7 @@ def build_clip(config: ClipConfig) -> torch.nn.Module:
             "layers": config.text_layers,
             "heads": config.text_width // config.head_width,
         },
+        nonscalar_logit_scale=True,  # FSDP2 splits no scalars
     )
 
 

@@ -65,7 +65,7 @@ def test_a_batch_is_of_clips_or_of_pictures_without_text(make: Any) -> None:
     clips, pictures = [b for b in seen if "video" in b], [b for b in seen if "image" in b]
     assert len(clips) + len(pictures) == 12 and min(len(clips), len(pictures)) > 2
     for batch in pictures:
-        assert set(batch) == {"image", "key", "skipped"} and batch["image"].shape == (8, 3, 16, 16)
+        assert set(batch) == {"image", "key", "seed", "skipped"} and batch["image"].shape == (8, 3, 16, 16)
         assert "caption" not in repr(batch) and b"caption" not in pickle.dumps(batch)
     assert "caption" in ImageTextDataModule(module.images.groups[0], 2, 16).preview(1)["text"][0]  # type: ignore[union-attr]
     assert len({key for batch in pictures for key in batch["key"]}) == min(30, 8 * len(pictures))

@@ -33,7 +33,7 @@ def batches(module: VideoDataModule, n: int) -> list[dict[str, Any]]:
 
 def test_a_batch_holds_clips_rates_and_keys(tmp_path: Path, make_webvid: Any) -> None:
     (batch,) = batches(make(make_webvid(tmp_path, 3)), 1)
-    assert set(batch) == {"video", "fps", "key", "skipped"}
+    assert set(batch) == {"video", "fps", "key", "seed", "skipped"}
     assert batch["video"].shape == (2, 3, 4, 16, 16) and batch["video"].dtype == torch.uint8
     assert batch["fps"].shape == (2,) and batch["fps"].dtype == torch.float32
     assert (3 < batch["fps"]).all() and (batch["fps"] <= 24.001).all()
@@ -84,7 +84,7 @@ def test_every_kind_of_source_gives_the_same_batches_and_no_caption(make_source:
     module = make(source, batch_size=3)
     dataset = module.train_dataloader().loader.dataset
     first = batches(module, 4)
-    assert set(first[0]) == {"video", "fps", "key", "skipped"} and first[0]["video"].shape == (3, 3, 4, 16, 16)
+    assert set(first[0]) == {"video", "fps", "key", "seed", "skipped"} and first[0]["video"].shape == (3, 3, 4, 16, 16)
     for thing in (dataset, module.source(), *first, module.preview(2), module.skipped):
         assert CANARY not in repr(thing) and CANARY.encode() not in pickle.dumps(thing)
     for workers in (1, 2):

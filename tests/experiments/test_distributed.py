@@ -1,0 +1,188 @@
+"""Two processes train as one: losses, weights and average under DDP and FSDP2, and from one to the other."""
+
+import csv
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiments import build
+from experiments.config import Config
+from experiments.train import quiet, train
+
+
+def rank(number: int, port: int, jobs: Connection) -> None:
+    """A process as torchrun starts it, which trains what it is sent."""
+    torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_RANK=0)
+    os.environ.update({k: str(v) for k, v in torchrun.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    torch.set_num_threads(1)
+    quiet()
+    # inductor takes minutes for what this shows: that networks which are split and recomputed can be traced
+    torch.nn.Module.compile = partial(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    while job := jobs.recv():
+        try:
+            result = train(*job)
+            jobs.send({**result, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]})
+        except BaseException:
+            jobs.send(traceback.format_exc())
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Callable[[Config, str], dict[str, Any]]]:
+    """two(config, stage): `train` in two processes; the result of rank 0."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    for number in range(2):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=rank, args=(number, port, theirs), daemon=True))
+        processes[-1].start()
+        pipes.append(ours)
+
+    def do(config: Config, stage: str) -> dict[str, Any]:
+        for pipe in pipes:
+            pipe.send((config, stage))
+        results = [pipe.recv() if pipe.poll(100) else "a process hangs" for pipe in pipes]
+        assert all(isinstance(result, dict) for result in results), results
+        return results[0]
+
+    yield do
+    for pipe in pipes:
+        pipe.send(None)
+    for process in processes:
+        process.join(5)
+        process.kill()
+
+
+def recipe(config: Config, stage: str, strategy: str, runs: Path, batch: int = 4, **options: Any) -> Config:
+    """The config for a run of its own: `batch` samples a step, all at once or, under a strategy, half on each rank."""
+    if strategy:
+        options |= {"strategy": strategy, "devices": "2"}
+        batch //= 2
+    part: Any = getattr(config, stage)
+    trainer = replace(part.trainer, accelerator="cpu", batch_size=batch, **options)
+    # Adam makes a step of a gradient that is nothing but rounding, unless eps is above it.
+    part = replace(part, trainer=trainer, optim=replace(part.optim, eps=1e-4))
+    config = replace(config, runs=str(runs), **{stage: part})
+    config.interpolation.frames = config.sr_low_video.frames = 3
+    config.decoder.unet.dropout = 0.0  # the one thing that is drawn by rank
+    if stage == "sr_low_video":
+        config.sr_low_video.freeze_spatial = True
+    for earlier in {"clip", build.STAGES[stage].grows_from} - {stage, ""}:
+        path = build.run_folder(config, earlier) / "weights.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            save_file(some_weights(config, earlier), path)
+    return config
+
+
+def some_weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    """Weights of a stage that look trained: none are zero."""
+    torch.manual_seed(1)
+    state = build.network(config, stage).state_dict()
+    return {k: (v + 0.05 * torch.randn_like(v)).contiguous() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def metrics(config: Config, stage: str) -> list[dict[str, float]]:
+    with (build.run_folder(config, stage) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(row[k]) for k in ("loss", "gradient_norm", "probe") if row.get(k)} for row in rows]
+
+
+def same(one: Config, other: Config, stage: str) -> None:
+    """The same losses, gradient norms, weights, moments and averages, to rounding."""
+    expected, found = metrics(one, stage), metrics(other, stage)
+    assert len(expected) == len(found) == 5 and all(row["loss"] > 0 for row in expected[:4])
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys()
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
+        assert a.get("probe", 0) == pytest.approx(b.get("probe", 0), rel=1e-5)
+        assert a.get("gradient_norm", 0) == pytest.approx(b.get("gradient_norm", 0), rel=1e-3)
+    a, b = (torch.load(build.run_folder(c, stage) / "checkpoints/last.ckpt", weights_only=True) for c in (one, other))
+    (a_ema,), (b_ema,) = ([v for k, v in c["callbacks"].items() if k.startswith("EMA")] for c in (a, b))
+    assert a_ema["updates"] == b_ema["updates"] == 4
+    close(a["state_dict"], b["state_dict"])
+    close(a_ema["average"], b_ema["average"])
+    close(build.weights(one, stage), build.weights(other, stage))
+    moments, others = (list(c["optimizer_states"][0]["state"].values()) for c in (a, b))
+    assert len(moments) == len(others) > 5
+    for x, y in zip(moments, others, strict=True):
+        assert x["step"] == y["step"] == 4 and x["exp_avg"].shape == y["exp_avg"].shape
+        assert (x["exp_avg"] - y["exp_avg"]).norm() <= 1e-3 * x["exp_avg"].norm() + 1e-6
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and len(one) > 10
+    for key, value in one.items():
+        assert type(other[key]) is type(value) and (value - other[key]).abs().max() < 1e-5, key
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config, str], Config]:
+    """alone(config, stage): the config of a finished run of one process, made once."""
+
+    @cache
+    def folder(stage: str) -> Path:
+        return tmp_path_factory.mktemp(stage)
+
+    def do(config: Config, stage: str) -> Config:
+        config = recipe(config, stage, "", folder(stage))
+        if not build.finished(config, stage):
+            train(config, stage)
+        return config
+
+    return do
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("stage", ["clip", "prior", "interpolation"])
+def test_two_processes_train_as_one(fresh: Config, alone: Any, two: Any, tmp_path: Path, stage: str, strategy: str):
+    config = recipe(fresh, stage, strategy, tmp_path)
+    two(config, stage)
+    same(alone(fresh, stage), config, stage)
+
+
+def test_a_checkpoint_goes_on_under_every_strategy(fresh: Config, alone: Any, two: Any, tmp_path: Path) -> None:
+    """Two steps under one strategy, two under another, with frozen weights: the run of one process without a break."""
+    stage = "sr_low_video"
+    expected = alone(fresh, stage)
+    for first, second in (("", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "")):
+        runs = tmp_path / f"{first}-{second}"
+        for strategy, steps in ((first, 2), (second, 4)):
+            config = recipe(fresh, stage, strategy, runs, max_steps=steps)
+            config.sr_low_video.optim.schedule = expected.sr_low_video.optim.schedule = "constant"
+            (two if strategy else train)(config, stage)
+        same(expected, config, stage)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_switch_at_once(fresh: Config, alone: Any, two: Any, tmp_path: Path, strategy: str) -> None:
+    """bf16, accumulation, clipping, recomputed activations, the fused optimiser and compile; half a batch at a time."""
+    switches: dict[str, Any] = dict(precision="bf16-mixed", accumulate=2, clip_gradients=0.1, compile=True)
+    stage = "sr_low_video"
+    config = recipe(fresh, stage, strategy, tmp_path, batch=2, **switches)
+    config.sr_low.unet.checkpoint_activations = True
+    config.sr_low_video.optim.fused = True
+    result = two(config, stage)
+    assert result["steps"] == 4 and result["graphs"] > 0
+    expected = metrics(alone(fresh, stage), stage)
+    found = metrics(config, stage)
+    assert [row["probe"] for row in expected if "probe" in row] == pytest.approx(
+        [row["probe"] for row in found if "probe" in row], rel=0.02
+    )
+    for a, b in zip(expected[:1], found[:1], strict=True):  # of the same four samples
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=0.05)
