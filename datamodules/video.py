@@ -104,8 +104,8 @@ class VideoDataModule(StreamDataModule):
     ) -> None:
         super().__init__(batch_size, seed, workers, max_skipped, window)
         check_sizes(resolution, crop)
-        if not 0 <= image_share < 1:
-            raise ValueError(f"The share of pictures is {image_share}; give 0 for none, and less than 1.")
+        if not 0 <= image_share < 1 or (images is None) != (image_share == 0):
+            raise ValueError(f"The share of pictures is {image_share}; give 0 without pictures, or less than 1.")
         if images is not None and images.text:
             raise ValueError("A video stage has no place for captions: its pictures come without text.")
         if frames < 2:
