@@ -7,7 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partialmethod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def rank(number: int, port: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
     quiet()
     # inductor takes minutes for what this shows: that networks which are split and recomputed can be traced
-    torch.nn.Module.compile = partial(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
     while job := jobs.recv():
         try:
             result = train(*job)
