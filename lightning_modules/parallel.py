@@ -112,11 +112,11 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, placed as `like` is: on its device, and split if that is."""
-    tensor = tensor.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor
+    """A copy of a whole tensor, the same on every rank, placed as `like` is: on its device, and split if that is."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device, copy=True)
+    part = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # of its own, for a part of the whole would keep the whole in memory
 
 
 def local(tensor: Tensor) -> Tensor:
