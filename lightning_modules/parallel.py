@@ -127,6 +127,9 @@ def local(tensor: Tensor) -> Tensor:
 def mean_of_ranks(module: L.LightningModule, value: Tensor) -> Any:
     """The mean over all ranks at steps that are logged; at others, where it would only make ranks wait, this rank's."""
     trainer = module._trainer
-    if trainer is None or trainer.world_size == 1 or not trainer._logger_connector.should_update_logs:
+    if trainer is None or trainer.world_size == 1:
+        return value
+    # Lightning's own answer also asks whether to stop, which ranks may learn of at different steps.
+    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
         return value
     return trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
