@@ -63,10 +63,8 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         parameters = dict(pl_module.net.named_parameters())  # type: ignore[union-attr, operator]
-        restored = self.average
-        self.average = {
-            k: split(restored[k], p) if k in restored else p.detach().clone() for k, p in parameters.items()
-        }
+        old = self.average
+        self.average = {k: split(old[k], p) if k in old else p.detach().clone() for k, p in parameters.items()}
 
     @torch.no_grad()
     def on_train_batch_end(

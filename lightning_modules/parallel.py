@@ -1,6 +1,7 @@
 """Many processes: FSDP2 through Lightning, whole tensors from split ones and back, numbers over all ranks."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -12,11 +13,46 @@ from torch import Tensor
 from torch.distributed import get_rank
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from models.prior import Block
 from models.unet import Level
 
 BLOCKS = (Level, Block, ResidualAttentionBlock)  # gathered whole one at a time
+
+
+class FSDP(ModelParallelStrategy):
+    """FSDP2 whose checkpoints are those of one process, so that each strategy goes on with those of the others.
+
+    Lightning's own loading numbers the optimiser's parameters with the frozen ones, which one process does not.
+    """
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = Strategy.optimizer_state(self, optimizer)
+        return {**state, "state": {number: gathered(moments) for number, moments in state["state"].items()}}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        own = module.state_dict()
+        state = {k: split(v, own[k]) if k in own else v for k, v in checkpoint["state_dict"].items()}
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {k: split(v, parameters[number]) if v.ndim else v for k, v in moments.items()}
+                for number, moments in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
 
 
 def strategy(name: str, precision: str) -> str | Strategy:
@@ -28,7 +64,7 @@ def strategy(name: str, precision: str) -> str | Strategy:
         return name
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"trainer.strategy=fsdp trains in 32-true or bf16-mixed, not in {precision}.")
-    return ModelParallelStrategy(save_distributed_checkpoint=False)
+    return FSDP(save_distributed_checkpoint=False)
 
 
 def nodes() -> int:
@@ -76,11 +112,11 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, placed as `like` is: on its device, and split if that is."""
-    tensor = tensor.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor
+    """A copy of a whole tensor, the same on every rank, placed as `like` is: on its device, and split if that is."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device, copy=True)
+    part = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # of its own, for a part of the whole would keep the whole in memory
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -91,6 +127,9 @@ def local(tensor: Tensor) -> Tensor:
 def mean_of_ranks(module: L.LightningModule, value: Tensor) -> Any:
     """The mean over all ranks at steps that are logged; at others, where it would only make ranks wait, this rank's."""
     trainer = module._trainer
-    if trainer is None or trainer.world_size == 1 or not trainer._logger_connector.should_update_logs:
+    if trainer is None or trainer.world_size == 1:
+        return value
+    # Lightning's own answer also asks whether to stop, which ranks may learn of at different steps.
+    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
         return value
     return trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")

@@ -7,7 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partialmethod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def rank(number: int, port: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
     quiet()
     # inductor takes minutes for what this shows: that networks which are split and recomputed can be traced
-    torch.nn.Module.compile = partial(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
     while job := jobs.recv():
         try:
             result = train(*job)
@@ -74,9 +74,9 @@ def recipe(config: Config, stage: str, strategy: str, runs: Path, batch: int = 4
         options |= {"strategy": strategy, "devices": "2"}
         batch //= 2
     part: Any = getattr(config, stage)
-    trainer = replace(part.trainer, accelerator="cpu", batch_size=batch, **options)
+    trainer = replace(part.trainer, accelerator="cpu", batch_size=batch, checkpoint_every=1, **options)
     # Adam makes a step of a gradient that is nothing but rounding, unless eps is above it.
-    part = replace(part, trainer=trainer, optim=replace(part.optim, eps=1e-4))
+    part = replace(part, trainer=trainer, optim=replace(part.optim, eps=1e-4, schedule="constant"))
     config = replace(config, runs=str(runs), **{stage: part})
     config.interpolation.frames = config.sr_low_video.frames = 3
     config.decoder.unet.dropout = 0.0  # the one thing that is drawn by rank
@@ -157,32 +157,30 @@ def test_two_processes_train_as_one(fresh: Config, alone: Any, two: Any, tmp_pat
 
 
 def test_a_checkpoint_goes_on_under_every_strategy(fresh: Config, alone: Any, two: Any, tmp_path: Path) -> None:
-    """Two steps under one strategy, two under another, with frozen weights: the run of one process without a break."""
+    """A step under each strategy in turn, with frozen weights: the run of one process without a break."""
     stage = "sr_low_video"
-    expected = alone(fresh, stage)
-    for first, second in (("", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "")):
-        runs = tmp_path / f"{first}-{second}"
-        for strategy, steps in ((first, 2), (second, 4)):
-            config = recipe(fresh, stage, strategy, runs, max_steps=steps)
-            config.sr_low_video.optim.schedule = expected.sr_low_video.optim.schedule = "constant"
-            (two if strategy else train)(config, stage)
-        same(expected, config, stage)
+    for step, strategy in enumerate(("", "fsdp", "ddp", "fsdp"), start=1):
+        config = recipe(fresh, stage, strategy, tmp_path, max_steps=step)
+        (two if strategy else train)(config, stage)
+    same(alone(fresh, stage), config, stage)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_every_switch_at_once(fresh: Config, alone: Any, two: Any, tmp_path: Path, strategy: str) -> None:
-    """bf16, accumulation, clipping, recomputed activations, the fused optimiser and compile; half a batch at a time."""
+def test_every_switch_at_once(fresh: Config, two: Any, tmp_path: Path) -> None:
+    """bf16, accumulation, clipping, recomputed activations, the fused optimiser and compile under FSDP2.
+
+    Half a batch at a time is the same step, so all of them together come near plain float32 in one process.
+    """
+    stage = "sr_low_video"
+    fresh.sr_low.unet.multiples = [1]
+    plain = recipe(fresh, stage, "", tmp_path / "plain", max_steps=2)
+    train(plain, stage)
     switches: dict[str, Any] = dict(precision="bf16-mixed", accumulate=2, clip_gradients=0.1, compile=True)
-    stage = "sr_low_video"
-    config = recipe(fresh, stage, strategy, tmp_path, batch=2, **switches)
+    config = recipe(fresh, stage, "fsdp", tmp_path / "all", batch=2, max_steps=2, **switches)
     config.sr_low.unet.checkpoint_activations = True
     config.sr_low_video.optim.fused = True
     result = two(config, stage)
-    assert result["steps"] == 4 and result["graphs"] > 0
-    expected = metrics(alone(fresh, stage), stage)
-    found = metrics(config, stage)
-    assert [row["probe"] for row in expected if "probe" in row] == pytest.approx(
-        [row["probe"] for row in found if "probe" in row], rel=0.02
-    )
-    for a, b in zip(expected[:1], found[:1], strict=True):  # of the same four samples
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=0.05)
+    assert result["steps"] == 2 and result["graphs"] > 0
+    expected, found = metrics(plain, stage), metrics(config, stage)
+    for key, rows in (("probe", (0, 2)), ("gradient_norm", (0, 1))):
+        for row in rows:
+            assert found[row][key] == pytest.approx(expected[row][key], rel=0.03) and found[row][key] > 0
