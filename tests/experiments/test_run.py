@@ -64,8 +64,8 @@ def test_wandb_run_holds_losses_and_pictures(trained: Config) -> None:
     (record,) = run.glob("wandb/offline-run-*/*.wandb")  # protobuf records, in which keys stand as they are
     for key in (b"loss", b"probe", b"trainer/global_step", b"samples", b"clips"):
         assert key in record.read_bytes(), key
-    assert list(run.glob("wandb/offline-run-*/files/media/videos/*.mp4"))
-    assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
+    assert list(run.glob("wandb/offline-run-*/files/media/videos/decoder_video/*.mp4"))
+    assert list(run.glob("wandb/offline-run-*/files/media/images/decoder_video/*.png"))
 
 
 def test_checkpoints_hold_plain_types_and_no_clip(trained: Config) -> None:
