@@ -40,6 +40,7 @@ class OneCurve(WandbLogger):
         **options: Any,
     ):
         super().__init__(save_dir=folder, prefix=prefix, resume="allow", **options)
+        del self._wandb_init["anonymous"]  # of which W&B warns, though it is None
         self.every, self.log_checkpoints = every, log_checkpoints
         self.logged = max((row["_step"] for row in history(folder)), default=-1)  # the last step that W&B has
         self.latest = -1  # the step of the latest call
