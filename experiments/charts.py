@@ -7,14 +7,14 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 380, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 372, 10, 172  # of the plot in the picture
+LEFT, RIGHT, TOP, BOTTOM = 46, 364, 10, 172  # of the plot in the picture
 MOST = 300  # points that are drawn of a curve
 
 
-def curves(title: str, series: Mapping[str, Points], log: bool = False) -> str:
+def curves(title: str, series: Mapping[str, Points], log: bool = False, noisy: bool = True) -> str:
     """A chart of one or more curves over steps; the empty string where there is nothing to draw.
 
-    A curve of many points is drawn faint, with its moving average on it. `log` is for positive values alone.
+    A noisy curve of many points is drawn faint, with its moving average on it. `log` is for positive values alone.
     """
     series = {name: finite(points, log) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
@@ -35,7 +35,7 @@ def curves(title: str, series: Mapping[str, Points], log: bool = False) -> str:
     parts += [mark(x, place(x, low)[0]) for x in x_ticks if x <= x_high]
     for i, points in enumerate(series.values()):
         thinned = thin(points)
-        smooth = average(thinned) if len(thinned) > 40 else thinned
+        smooth = average(thinned) if noisy and len(thinned) > 40 else thinned
         if smooth is not thinned:
             parts.append(line([place(*p) for p in thinned], i, "raw"))
         parts.append(line([place(*p) for p in smooth], i, "curve"))
@@ -132,10 +132,13 @@ def thin(points: Points) -> Points:
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def average(points: Points, weight: float = 0.9) -> Points:
-    """The exponential moving average, without the pull of its start."""
-    found, total, mass = [], 0.0, 0.0
-    for x, y in points:
-        total, mass = weight * total + (1 - weight) * y, weight * mass + (1 - weight)
-        found.append((x, total / mass))
+def average(points: Points) -> Points:
+    """Each value with those around it, by a Gaussian window of a sixtieth of the curve: no lag, no jitter."""
+    wide = max(1.0, len(points) / 60)
+    reach = math.ceil(3 * wide)
+    found = []
+    for i, (x, _) in enumerate(points):
+        around = range(max(0, i - reach), min(len(points), i + reach + 1))
+        weights = [math.exp(-0.5 * ((j - i) / wide) ** 2) for j in around]
+        found.append((x, sum(w * points[j][1] for w, j in zip(weights, around, strict=True)) / sum(weights)))
     return found

@@ -107,7 +107,7 @@ def tiles(summary: dict[str, Any], metrics: dict[str, Points], timings: dict[str
     if summary:
         yield tile(number(summary["parameters"]), "parameters")
         yield tile(duration(summary["seconds"]), "of training")
-        yield tile(f"{number(summary['first_loss'])} → {number(summary['last_loss'])}", "loss of a fixed batch")
+        yield tile(f"{summary['first_loss']:.2g} → {summary['last_loss']:.2g}", "loss, fixed batch")
     elif loss := metrics.get("loss"):
         yield tile(number(mean(loss[-20:])), "loss, last 20 rows")
     if seen := metrics.get("data/seen"):
@@ -133,7 +133,7 @@ def charts(metrics: dict[str, Points], timings: dict[str, Points]) -> Iterable[s
         if name.split("/")[0] in ("preview", "validation"):
             yield curves(f"{name.split('/')[1]}, {name.split('/')[0]} clips", {name: metrics[name]})
     yield curves("Gradient norm", {"norm": metrics.get("gradient_norm", [])}, log=True)
-    yield curves("Learning rate", {"rate": metrics.get("learning_rate", [])})
+    yield curves("Learning rate", {"rate": metrics.get("learning_rate", [])}, noisy=False)
     yield curves("Samples a second", {"samples": timings.get("time/samples_per_second", [])})
     shares = {"of peak FLOP/s": "time/share_of_peak", "waiting for data": "time/share_waiting_for_data"}
     yield curves("Shares of time and peak", {name: timings.get(key, []) for name, key in shares.items()})
