@@ -40,7 +40,9 @@ def curves(title: str, series: Mapping[str, Points], log: bool = False, noisy: b
             parts.append(line([place(*p) for p in thinned], i, "raw"))
         parts.append(line([place(*p) for p in smooth], i, "curve"))
         if len(thinned) <= 12:
-            parts += [f'<circle class="c{i}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in (place(*p) for p in thinned)]
+            parts += [
+                f'<circle class="c{i}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in (place(*p) for p in thinned)
+            ]
     names = "".join(f'<span class="key c{i}">{escape(name)}</span>' for i, name in enumerate(series) if len(series) > 1)
     last = " · ".join(number(points[-1][1]) for points in series.values())
     return figure(title, f"last {last}" if len(series) == 1 else "", "".join(parts), names)
@@ -114,7 +116,15 @@ def log_ticks(low: float, high: float) -> list[float]:
     high = max(high, low * 1.2)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     span = math.log10(high / low)
-    digits = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if span < 0.4 else (1, 2, 3, 5) if span < 1 else (1, 3) if span < 2.2 else (1,)
+    digits = (
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        if span < 0.4
+        else (1, 2, 3, 5)
+        if span < 1
+        else (1, 3)
+        if span < 2.2
+        else (1,)
+    )
     every = [d * 10.0**p for p in powers for d in digits]
     below, above = max(t for t in every if t <= low * 1.0001), min(t for t in every if t >= high * 0.9999)
     return [t for t in every if below <= t <= above]

@@ -19,8 +19,8 @@ def step_flops(config: Config, stage: str) -> int:
     """Floating point operations of one step of one rank: forward and backward of the stage's network on its batches.
 
     Model FLOPs: what activation checkpointing computes twice is counted once. Matrix products, attention and
-    convolutions count, a multiplication and an addition as two; the frozen CLIP, the optimiser and what is done value by
-    value do not. The network and its batch are on the meta device, so nothing is computed.
+    convolutions count, a multiplication and an addition as two; the frozen CLIP, the optimiser and what is done value
+    by value do not. The network and its batch are on the meta device, so nothing is computed.
     """
     config = deepcopy(config)
     part: Any = build.section(config, stage)

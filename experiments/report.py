@@ -1,7 +1,7 @@
-"""`python -m experiments.report SIZE|FOLDER [key=value ...]`: one HTML page of a run folder, or of all stages of a size.
+"""`python -m experiments.report SIZE|FOLDER [key=value ...]`: one HTML page of a run, or of all of a size.
 
-The page, `report.html` in that folder, holds its pictures, clips and curves itself and asks for nothing: it can be mailed.
-It is made from what lies in the run folders; no account, no server.
+The page, `report.html` in that folder, holds its pictures, clips and curves itself: it can be mailed. It is made from
+what lies in the run folders; no account, no server.
 """
 
 import base64
@@ -73,7 +73,9 @@ def overview(runs: list[Path]) -> str:
     """One line on all runs."""
     done = [summary for run in runs if (summary := read_json(run / "summary.json"))]
     seconds = sum(summary["seconds"] for summary in done)
-    return f"<p>{len(done)} of {len(runs)} stages finished · {duration(seconds)} of training</p>" if len(runs) > 1 else ""
+    return (
+        f"<p>{len(done)} of {len(runs)} stages finished · {duration(seconds)} of training</p>" if len(runs) > 1 else ""
+    )
 
 
 def stage(run: Path) -> str:
@@ -145,7 +147,9 @@ def histogram(run: Path) -> str:
     counts: dict[float, float] = {}
     for path in sorted(run.glob("wandb/*run-*/run-*.wandb")):
         for record in records(path):
-            row = {".".join(i.nested_key): i.value_json for i in record.history.item if "rates" in "".join(i.nested_key)}
+            row = {
+                ".".join(i.nested_key): i.value_json for i in record.history.item if "rates" in "".join(i.nested_key)
+            }
             values = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.values")), [])
             edges = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.bins")), [])
             for n, left, right in zip(values, edges, edges[1:], strict=False):
@@ -160,7 +164,9 @@ def pictures(folder: Path, title: str) -> str:
         return ""
     last = len(stills) - 1
     shown = [stills[round(i * last / (PICTURES - 1))] for i in range(PICTURES)] if last >= PICTURES else stills
-    found = [f"<figure>{embedded(path)}<figcaption><span>{step_of(path)}</span></figcaption></figure>" for path in shown]
+    found = [
+        f"<figure>{embedded(path)}<figcaption><span>{step_of(path)}</span></figcaption></figure>" for path in shown
+    ]
     for clip in sorted(folder.glob("step_*.mp4"))[-1:]:
         if clip.stat().st_size <= LARGEST:
             data = base64.b64encode(clip.read_bytes()).decode()

@@ -1,7 +1,7 @@
 """`python -m experiments.train STAGE SIZE [key=value ...]`: train one stage into its run folder.
 
-A run folder `runs/<size>/<stage>/` holds config.yaml, checkpoints/, metrics.csv, timings.csv, samples/, wandb/ and, once
-the stage has finished, weights.safetensors (averaged) and summary.json. Run again, an interrupted stage goes on
+A run folder `runs/<size>/<stage>/` holds config.yaml, checkpoints/, metrics.csv, timings.csv, samples/, wandb/ and,
+once the stage has finished, weights.safetensors (averaged) and summary.json. Run again, an interrupted stage goes on
 from its last checkpoint.
 """
 

@@ -47,9 +47,9 @@ class Clock(PassThroughProfiler):
 class Speed(L.Callback):
     """Logs samples a second, FLOP/s and their share of the peak, and the share of time spent waiting for data.
 
-    Over the steps since the last row; pauses for pictures, scores and checkpoints do not count, nor does the first step,
-    which compiles and warms up. All are `time/...`: no two runs have the same. Also the learning rate, and how many
-    samples all ranks have seen.
+    Over the steps since the last row; pauses for pictures, scores and checkpoints do not count, nor does the first
+    step, which compiles and warms up. A measured peak is of matrix products, which Winograd convolution can pass. All
+    are `time/...`: no two runs have the same. Also the learning rate, and how many samples all ranks have seen.
 
     Args:
         flops: of a step of one rank.

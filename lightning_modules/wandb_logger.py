@@ -105,7 +105,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def history(folder: Path) -> Iterator[dict[str, Any]]:
-    """The logged rows of all W&B files of a run folder, in the order of time: `{"decoder/loss": 0.1, "_step": 3, ...}`."""
+    """The logged rows of all W&B files of a run folder, in order: `{"decoder/loss": 0.1, "_step": 3, ...}`."""
     for path in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
         for record in records(path):
             if record.HasField("history"):

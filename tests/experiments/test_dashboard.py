@@ -46,7 +46,9 @@ def drawn_by(panel: dict[str, Any], keys: set[str]) -> tuple[set[str], set[str]]
 
 def test_no_panel_is_empty_and_no_key_without_a_panel(trained: Config) -> None:
     made = dashboard.workspace(trained, "someone", "make-a-video")
-    sections = made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]["panelBankConfig"]["sections"]
+    sections = made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]["panelBankConfig"][
+        "sections"
+    ]
     named = {section["name"].split("(")[-1].rstrip(")"): section["panels"] for section in sections}
     assert list(named) == build.wanted(trained)
     for stage, panels in named.items():
@@ -58,7 +60,9 @@ def test_no_panel_is_empty_and_no_key_without_a_panel(trained: Config) -> None:
             assert found and not missing, (stage, panel["config"], missing)
             shown |= found
         assert keys - shown == KEPT_BY_WANDB, (stage, keys - shown)
-    everything = {key.split("/", 1)[1] for stage in named for key in logged(build.run_folder(trained, stage)) if "/" in key}
+    everything = {
+        key.split("/", 1)[1] for stage in named for key in logged(build.run_folder(trained, stage)) if "/" in key
+    }
     for key in ("loss/t0", "loss/t3", "learning_rate", "gradient_norm", "data/seen", "data/skipped", "data/rates",
                 "time/samples_per_second", "time/tflops", "time/share_of_peak", "time/share_waiting_for_data",
                 "samples", "clips", "prompted", "prompted_clips", "preview/fvd_random", "preview/clipsim"):  # fmt: skip
@@ -143,7 +147,9 @@ def test_flops_are_those_of_a_real_step() -> None:
 def test_a_validation_set_and_published_weights_give_the_scores_their_names(trained: Config) -> None:
     assert watch.scores_of(trained, "decoder_video") == ["clipsim", "fvd_random"]
     assert watch.scores_of(trained, "decoder") == ["clipsim"] and watch.scores_of(trained, "sr_low_video") == []
-    named = replace(trained, evaluate=replace(trained.evaluate, i3d="i3d.pt"), data=replace(trained.data, validation="x"))
+    named = replace(
+        trained, evaluate=replace(trained.evaluate, i3d="i3d.pt"), data=replace(trained.data, validation="x")
+    )
     assert watch.scores_of(named, "decoder_video") == ["fvd"]  # that folder has no names to prompt with
     keys = {key for panel in dashboard.panels(named, "decoder_video") for key in getattr(panel, "y", [])}
     assert "decoder_video/validation/fvd" in keys and "decoder_video/preview/clipsim" not in keys

@@ -17,7 +17,9 @@ from experiments.config import Config
 from experiments.report import main, report
 from lightning_modules.csv_logger import MetricsCSV
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,9 @@ def test_the_page_holds_all_that_it_shows(page: Path, trained: Config) -> None:
     assert f"data:image/png;base64,{base64.b64encode(samples.read_bytes()).decode()}" in images
     clip = build.run_folder(trained, "decoder_video") / "prompted" / "step_00000004.mp4"
     assert f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}" in videos
-    for told in ("Loss by noise level", "fvd_random, preview clips", "clipsim, preview clips", "Learning rate", "waiting",
-                 "Clips by frames a second", "samples that the filters left", "a 3D emoji of", "max_steps: 4"):  # fmt: skip
+    for told in ("Loss by noise level", "fvd_random, preview clips", "clipsim, preview clips", "Learning rate",
+                 "waiting", "Clips by frames a second", "samples that the filters left", "a 3D emoji of",
+                 "max_steps: 4"):  # fmt: skip
         assert told in text, told
     assert len(text) < 3_000_000
 
@@ -93,7 +96,14 @@ def test_curves_go_where_the_values_are() -> None:
     for low, high in ((0.5, 0.5), (1e-6, 3.0), (0.9, 1.1)):
         ticks = log_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and len(ticks) >= 2
-    assert [number(v) for v in (0, 0.0123, 4567, 45678, 1e-6, 2.5e12)] == ["0", "0.0123", "4567", "45.7k", "1e-6", "2.5T"]
+    assert [number(v) for v in (0, 0.0123, 4567, 45678, 1e-6, 2.5e12)] == [
+        "0",
+        "0.0123",
+        "4567",
+        "45.7k",
+        "1e-6",
+        "2.5T",
+    ]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
@@ -102,9 +112,12 @@ def test_a_browser_draws_it(page: Path, tmp_path: Path, scheme: str) -> None:
     """Readable in light and dark: ink of the scheme's colour on its ground, curves and pictures in their colours."""
     shot = tmp_path / "shot.png"
     command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+               f"--user-data-dir={tmp_path / 'profile'}",
+               f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
                "--window-size=1300,3000", f"--screenshot={shot}", f"file://{page}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
+    )
     assert shot.is_file(), done.stderr
     picture = Image.open(shot).convert("RGB")
     assert picture.size == (1300, 3000)
