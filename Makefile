@@ -25,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
-	train-interpolation generate eval-fvd eval-clipsim bench bench-model bench-data test lint clean
+	train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data test lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -86,6 +86,12 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
+
+report: $(READY) ## one HTML page with curves, pictures and counts of all stages of SIZE, or of FOLDER=runs/tiny/decoder
+	@$(RUN) -m experiments.report $(or $(FOLDER),$(SIZE)) $(ARGS)
+
+dashboard: $(READY) ## the W&B workspace of SIZE, a section for each stage, saved to your project (needs WANDB_API_KEY)
+	@$(RUN) -m experiments.dashboard $(SIZE) $(ARGS)
 
 bench: bench-model bench-data ## all benchmarks
 

@@ -46,6 +46,10 @@ class TrainerConfig:
     sample_every: int = 5_000  # steps between pictures
     checkpoint_every: int = 5_000  # steps between checkpoints
     preview: int = 8  # samples in a picture
+    validate_every: int = 5_000  # steps between scores of D and D^t at fixed prompts (FVD, CLIPSIM), 0 = none
+    validate: int = 16  # pictures or clips that are scored
+    log_checkpoints: bool = False  # send checkpoints to W&B as artifacts
+    peak_tflops: float = 0.0  # of one device, for the share of the peak; 0 = by its name, or measured
 
 
 @dataclass
@@ -126,6 +130,7 @@ class DataConfig:
     window: int = 0  # shards whose samples are shuffled together, 0 = all
     max_skipped: float = 0.5  # share of samples that may be unreadable before a run stops
     clips: str = ""  # videos: a folder, WebVid's CSV, tar shards of video2dataset, or HD-VILA's .jsonl
+    validation: str = ""  # clips with names that no stage trains on, for the scores; none = clips of the training set
     keep: Keep = field(default_factory=Keep)  # which clips are dropped for standing still or for a cut
     embeddings: bool = False  # train P and D from CLIP embeddings that `make embed` wrote beside the shards
 

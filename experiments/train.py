@@ -1,7 +1,7 @@
 """`python -m experiments.train STAGE SIZE [key=value ...]`: train one stage into its run folder.
 
-A run folder `runs/<size>/<stage>/` holds config.yaml, checkpoints/, metrics.csv, samples/, wandb/ and, once the
-stage has finished, weights.safetensors (averaged) and summary.json. Run again, an interrupted stage goes on
+A run folder `runs/<size>/<stage>/` holds config.yaml, checkpoints/, metrics.csv, timings.csv, samples/, wandb/ and,
+once the stage has finished, weights.safetensors (averaged) and summary.json. Run again, an interrupted stage goes on
 from its last checkpoint.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from experiments import build
+from experiments import build, watch
 from experiments.cli import for_people
 from experiments.config import Config, load, save
 from lightning_modules import parallel
-from lightning_modules.callbacks import EMA, ClipGradients, DataCounts, Probe, Samples, StepSeed
-from lightning_modules.csv_logger import MetricsCSV
+from lightning_modules.callbacks import EMA, ClipGradients, Probe, StepSeed
+from lightning_modules.monitor import Clock
 
 
 def train(config: Config, stage: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     precision = build.precision(part.trainer.precision)
     ema = EMA(part.trainer.ema_decay)
     probe = Probe(preview, ema, config.seed)
-    progress = Progress(recipe.title)
+    progress, clock = Progress(recipe.title), Clock()
     trainer = L.Trainer(
         accelerator=part.trainer.accelerator,
         devices=part.trainer.devices,
@@ -69,7 +69,8 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         max_steps=part.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
-        logger=loggers(config, stage, run, done),
+        logger=watch.loggers(config, stage, done),
+        profiler=clock,
         log_every_n_steps=part.trainer.log_every,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data modules split the order themselves
@@ -78,8 +79,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
             StepSeed(config.seed),
             ClipGradients(part.trainer.clip_gradients),
             ema,
-            Samples(preview, run / "samples", part.trainer.sample_every, ema, config.seed),
-            DataCounts(10 * part.trainer.log_every),
+            *watch.callbacks(config, stage, clip, preview, clock, ema),
             probe,
             progress,
             ModelCheckpoint(
@@ -153,33 +153,6 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         loss = trainer.progress_bar_metrics.get("loss")
         return {} if loss is None else {"loss": f"{float(loss):.3f}"}
-
-
-def loggers(config: Config, stage: str, run: Path, first_step: int) -> list[Logger]:
-    """metrics.csv in the run folder and a W&B run of the same name, offline unless a key is set; never a prompt."""
-    online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    wandb = WandbLogger(
-        project="make-a-video",
-        name=f"{config.size}/{stage}",
-        group=config.size,
-        id=run_id(run),
-        resume="allow",
-        save_dir=run,
-        offline=not online,
-    )
-    return [MetricsCSV(run / "metrics.csv", first_step), wandb]
-
-
-def run_id(run: Path) -> str:
-    """W&B's id of a run folder, kept in it so that a resumed run is one run with one curve."""
-    path = run / "wandb_id"
-    if rank_zero_only.rank != 0:
-        return ""  # only rank 0 logs
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(os.urandom(4).hex())
-    return path.read_text()
 
 
 def steps_done(checkpoint: Path, module: L.LightningModule, max_steps: int) -> int:

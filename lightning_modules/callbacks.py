@@ -1,6 +1,8 @@
 """What every stage's training has in common, as Lightning callbacks."""
 
 import hashlib
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,8 @@ class Samples(L.Callback):
     beside it; W&B gets the files by path.
     """
 
+    image, video = "samples", "clips"  # W&B's names for them
+
     def __init__(self, batch: dict[str, Any], folder: Path, every: int, ema: EMA, seed: int):
         self.batch, self.folder, self.every, self.ema, self.seed = batch, folder, every, ema, seed
 
@@ -135,9 +139,9 @@ class Samples(L.Callback):
             write_mp4(media["video"], torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2), fps=8)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(path)], step=step)
+                logger.log_image(self.image, [str(path)], step=step)
                 if "video" in media:
-                    logger.log_video("clips", [str(media["video"])], step=step, format=["mp4"])
+                    logger.log_video(self.video, [str(media["video"])], step=step, format=["mp4"])
 
 
 class Probe(L.Callback):
@@ -182,34 +186,60 @@ class Probe(L.Callback):
 
 
 class DataCounts(L.Callback):
-    """Logs what the data module counts: samples that a filter took, those that could not be read, and for clips the
-    achieved frame rates, and to W&B their histogram every `every` steps."""
+    """Logs what the data module counts.
+
+    At the start the share of samples that the filters left (`data/kept`), and how many each took; then how many samples
+    could not be read, in all (`data/skipped`) and by cause; and for clips the achieved frame rates, and to W&B their
+    histogram every `every` steps. Counts go into the checkpoint: they are of the whole run.
+    """
 
     def __init__(self, every: int):
         self.every = every
+        self.skipped: Counter[str] = Counter()  # in all sittings
+        self.earlier: Counter[str] = Counter()  # in those before this one
+        self.rates: Counter[int] = Counter()  # since the last histogram
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        taken = getattr(trainer.datamodule, "filtered", {})  # type: ignore[attr-defined]
-        for logger in trainer.loggers if taken else ():
-            logger.log_metrics({f"data/filtered/{name}": float(n) for name, n in taken.items()}, trainer.global_step)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.earlier = self.skipped - data.skipped  # what is damaged in the lists is found by every sitting
+        left, taken = sum(map(len, data.sources())), data.filtered
+        values = {"data/kept": left / (left + sum(taken.values()))}
+        values |= {f"data/filtered/{name}": float(n) for name, n in taken.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "skipped", None):
-            pl_module.log("data/skipped", float(sum(data.skipped.values())))
-        rates = getattr(data, "rates", None)
-        if rates is None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.skipped = self.earlier + data.skipped
+        pl_module.log("data/skipped", float(sum(self.skipped.values())))
+        for cause, n in self.skipped.items():
+            pl_module.log(f"data/skipped_by_cause/{as_key(cause)}", float(n))
+        if not hasattr(data, "rates"):
             return
         # Of this batch: the same numbers after a resume. Pictures, in joint training, have no rate, and a value that is
         # not replaced would be logged again.
         pl_module.log("data/fps", batch["fps"].mean() if "fps" in batch else float("nan"))
-        if rates and trainer.global_step % self.every == 0:
+        self.rates += data.rates
+        data.rates.clear()
+        step, whole = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.rates and whole and (step % self.every == 0 or step == trainer.max_steps):
+            bins = np.arange(min(self.rates), max(self.rates) + 2)
+            counts = np.array([self.rates[fps] for fps in bins[:-1]])
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    bins = np.arange(min(rates), max(rates) + 2)
-                    counts = np.array([rates[fps] for fps in bins[:-1]])
                     histogram = wandb.Histogram(np_histogram=(counts, bins - 0.5))
-                    logger.experiment.log({"data/rates": histogram, "trainer/global_step": trainer.global_step})
-            rates.clear()  # the next histogram shows how far the curriculum has come since
+                    logger.log_metrics({"data/rates": histogram}, step)  # type: ignore[dict-item]
+            self.rates.clear()  # the next histogram shows how far the curriculum has come since
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": dict(self.skipped), "rates": dict(self.rates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.rates = Counter(state["skipped"]), Counter(state["rates"])
+
+
+def as_key(cause: str) -> str:
+    """A cause as a metric's name: words joined by underscores."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", cause).strip("_")[:80]

@@ -16,11 +16,13 @@ class MetricsCSV(Logger):
         path: the file.
         first_step: rows from this step on are of steps after the checkpoint that the run resumes from; the run
             takes these steps again, so the rows are dropped.
+        timings: hold the metrics `time/...` and no others, instead of all but these: no two runs take the same time,
+            while all else is the same after a resume.
     """
 
-    def __init__(self, path: Path, first_step: int = 0):
+    def __init__(self, path: Path, first_step: int = 0, timings: bool = False):
         super().__init__()
-        self.path = path
+        self.path, self.timings = path, timings
         self.rows: dict[int, dict[str, str]] = {}
         self.columns = ["step"]
         if path.is_file():
@@ -42,7 +44,8 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
+        own = {k: v for k, v in metrics.items() if k.startswith("time/") == self.timings and k != "epoch"}
+        row = {k: repr(float(v)) for k, v in own.items() if isinstance(v, (int, float))}  # no pictures
         if not row:
             return
         step = step or 0

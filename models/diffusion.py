@@ -5,6 +5,7 @@ abar_t = alpha_t^2.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Diffusion:
             root = abar.sqrt()
             abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         self.abar = abar  # float64 on the CPU: small, and exact at both ends
+        self.on_loss: Callable[[Tensor, Tensor], None] | None = None  # called with t and the losses of a batch
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), shaped to multiply `like`, in float32."""
@@ -88,12 +90,14 @@ class Diffusion:
             output: the network's, with twice the channels of x0 if it learns the variance.
         """
         prediction, fraction = split_variance(output.float(), x0.shape[1])
-        simple = (prediction - self.target(x0, t, eps)).square().flatten(1).mean(1) * self.weight(t)
-        if fraction is None or self.config.vlb_weight == 0:
-            return simple
-        # The bound's gradient stops at the mean: it trains the variance alone.
-        bound = self.bound(self.to_x0(prediction.detach(), z, t), fraction, x0, z, t)
-        return simple + self.config.vlb_weight * self.config.steps * bound
+        loss = (prediction - self.target(x0, t, eps)).square().flatten(1).mean(1) * self.weight(t)
+        if fraction is not None and self.config.vlb_weight:
+            # The bound's gradient stops at the mean: it trains the variance alone.
+            bound = self.bound(self.to_x0(prediction.detach(), z, t), fraction, x0, z, t)
+            loss = loss + self.config.vlb_weight * self.config.steps * bound
+        if self.on_loss is not None:
+            self.on_loss(t, loss.detach())
+        return loss
 
     def weight(self, t: Tensor) -> Tensor:
         """min-SNR-gamma weights `(b,)` (arXiv 2303.09556), 1 if off; at SNR 0 0.01, not 0, or it were never trained."""

@@ -16,7 +16,7 @@ clip:
       text_layers: 1, head_width: 16}}
   trainer: &t
     {{max_steps: 4, batch_size: 2, workers: 0, log_every: 1, sample_every: 100, checkpoint_every: 2, preview: 1,
-      precision: 32-true}}
+      validate: 2, precision: 32-true}}
 prior: {{model: {{width: 32, depth: 1, head_width: 16}}, trainer: *t}}
 decoder:
   size: 16
@@ -24,7 +24,7 @@ decoder:
   trainer: *t
 sr_low: {{size: 32, crop: 16, unet: {{width: 16, multiples: [1, 2]}}, trainer: *t}}
 sr_high: {{size: 64, crop: 16, unet: {{width: 16, multiples: [1, 2]}}, trainer: *t}}
-decoder_video: {{frames: 6, trainer: *t}}
+decoder_video: {{frames: 9, trainer: *t}}
 sr_low_video: {{frames: 4, trainer: *t}}
 sr_high_video: {{frames: 2, trainer: *t}}
 interpolation: {{frames: 6, trainer: *t}}

@@ -283,7 +283,10 @@ def test_pictures_teach_what_is_spatial_alone(fresh: Config, stage: str) -> None
     batches = iter(build.datamodule(config, stage).train_dataloader())
     batch = next(batch for batch in batches if "image" in batch)
     part: Any = build.section(config, stage)
-    assert set(batch) == {"image", "key", "seed", "skipped"} and len(batch["image"]) == part.frames * part.trainer.batch_size
+    assert (
+        set(batch) == {"image", "key", "seed", "skipped"}
+        and len(batch["image"]) == part.frames * part.trainer.batch_size
+    )
     assert isinstance(module, DecoderModule | SuperResolutionModule)
     with torch.no_grad():
         for p in net.parameters():  # nothing at zero, so that every layer that is passed has a gradient

@@ -25,6 +25,7 @@ from experiments.config import Config, save
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.train import train
+from lightning_modules.wandb_logger import history
 
 ROOT = Path(__file__).parents[2]
 NO_WANDB = shutil.ignore_patterns("wandb*")
@@ -64,8 +65,8 @@ def test_wandb_run_holds_losses_and_pictures(trained: Config) -> None:
     (record,) = run.glob("wandb/offline-run-*/*.wandb")  # protobuf records, in which keys stand as they are
     for key in (b"loss", b"probe", b"trainer/global_step", b"samples", b"clips"):
         assert key in record.read_bytes(), key
-    assert list(run.glob("wandb/offline-run-*/files/media/videos/*.mp4"))
-    assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
+    assert list(run.glob("wandb/offline-run-*/files/media/videos/decoder_video/*.mp4"))
+    assert list(run.glob("wandb/offline-run-*/files/media/images/decoder_video/*.png"))
 
 
 def test_checkpoints_hold_plain_types_and_no_clip(trained: Config) -> None:
@@ -134,6 +135,12 @@ def test_demo_killed_and_run_again_goes_on(fresh: Config, tmp_path: Path) -> Non
     train(config, "clip")
     result = build.summary(config, "clip")
     assert result is not None and result["steps"] == 400
+    rows = list(history(build.run_folder(config, "clip")))  # W&B has one curve of it: each step once, in order
+    assert [row["trainer/global_step"] for row in rows] == [row["_step"] for row in rows] == list(range(401))
+    with (build.run_folder(config, "clip") / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]] == [
+            r["clip/loss"] for r in rows[:400]
+        ]
 
 
 def test_finished_stages_are_skipped(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:

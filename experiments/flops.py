@@ -1,0 +1,44 @@
+"""How much arithmetic a training step of a stage is, counted without doing it."""
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments import build
+from experiments.config import Config
+from experiments.memory import inputs
+from lightning_modules.decoder import freeze_all_but_temporal
+from models.unet import UNet
+
+
+def step_flops(config: Config, stage: str) -> int:
+    """Floating point operations of one step of one rank: forward and backward of the stage's network on its batches.
+
+    Model FLOPs: what activation checkpointing computes twice is counted once. Matrix products, attention and
+    convolutions count, a multiplication and an addition as two; the frozen CLIP, the optimiser and what is done value
+    by value do not. The network and its batch are on the meta device, so nothing is computed.
+    """
+    config = deepcopy(config)
+    part: Any = build.section(config, stage)
+    samples = part.trainer.batch_size * part.trainer.accumulate
+    part.trainer = replace(part.trainer, batch_size=1)  # every operation is of one sample, so they add up
+    for image in (config.decoder, config.sr_low, config.sr_high):
+        image.unet.checkpoint_activations = False
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build.network(config, stage)
+        if getattr(part, "freeze_spatial", False) and isinstance(net, UNet) and net.temporal:
+            freeze_all_but_temporal(net)
+        output = clip_output(config, net) if stage == "clip" else net(**inputs(config, stage, net))
+        output.float().square().mean().backward()
+    return counter.get_total_flops() * samples
+
+
+def clip_output(config: Config, net: nn.Module) -> Tensor:
+    """Both encodings of one captioned picture."""
+    side = config.clip.model.image_size
+    image, text, _ = net(torch.zeros(1, 3, side, side), torch.zeros(1, net.context_length, dtype=torch.long))  # type: ignore[arg-type, operator]
+    return image + text
