@@ -6,6 +6,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -202,6 +203,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
+def deaf(worker: int) -> None:
+    """Let a worker outlive SIGTERM and SIGUSR1, which schedulers send to every process of a job: training needs it to
+    end its step. A second SIGTERM, as a parent sends to a worker that hangs, ends it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class Batches:
     """A data loader that Lightning leaves alone.
 
@@ -288,6 +296,7 @@ class StreamDataModule(LightningDataModule):
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
             collate_fn=collate,
             num_workers=self.workers,
+            worker_init_fn=deaf,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
