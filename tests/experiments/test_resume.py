@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,13 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(result
 
 
 @pytest.fixture
-def copied(trained: Config, tmp_path: Path) -> Config:
-    """The trained cascade with a copy of what SR_l left, to be spoiled."""
+def copied(trained: Config, tmp_path: Path) -> Iterator[Config]:
+    """The trained cascade with a copy of what SR_l left, to be spoiled; one thread, by which it was trained."""
     shutil.copytree(build.run_folder(trained, "sr_low"), tmp_path / "micro" / "sr_low", symlinks=True)
-    return replace(trained, runs=str(tmp_path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield replace(trained, runs=str(tmp_path))
+    torch.set_num_threads(threads)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(copied: Config, trained: Config) -> None:
