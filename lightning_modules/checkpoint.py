@@ -67,6 +67,11 @@ class Checkpoints(Checkpoint):
         self.step = 0
 
     @property
+    def path(self) -> Path:
+        """Of the checkpoint of this step."""
+        return self.folder / f"{self.step:08d}.ckpt"
+
+    @property
     def newest(self) -> str:
         """The path of the newest checkpoint, for a sentence."""
         return str(next(iter(checkpoints(self.folder)), "none"))
@@ -95,6 +100,11 @@ class Checkpoints(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("*.part"):  # of a run killed while it wrote
                 part.unlink()
+            for damaged in checkpoints(self.folder):  # passed over by `read`: these steps are taken again
+                if damaged.name > self.path.name:
+                    damaged.unlink()
+            if self.path.exists():
+                self.link()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,15 +122,13 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Save a checkpoint of this step, point `last.ckpt` at it, and remove the oldest; a warning if that fails."""
         log_now(trainer)
-        path = self.folder / f"{self.step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(self.path)
         if not trainer.is_global_zero:
             return
         error = self.io.error
         if error is None:
             try:
-                with whole(self.folder / "last.ckpt") as part:
-                    part.symlink_to(path.name)
+                self.link()
                 for old in checkpoints(self.folder)[self.keep :]:
                     old.unlink()
             except OSError as linking:
@@ -131,6 +139,11 @@ class Checkpoints(Checkpoint):
                 f"{self.newest}. Unless it is being stopped, training goes on and tries again in {self.every} steps.",
                 stacklevel=2,
             )
+
+    def link(self) -> None:
+        """Point `last.ckpt` at the checkpoint of this step."""
+        with whole(self.folder / "last.ckpt") as part:
+            part.symlink_to(self.path.name)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {"schema": SCHEMA, **self.run}

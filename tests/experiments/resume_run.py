@@ -102,6 +102,9 @@ def set_trap(name: str, number: int) -> None:
     elif name == "full":  # no file may become longer than 50 kB from the first checkpoint on, until step `number`
         after(os, "replace", 1, partial(longest_file, 50_000), lambda part, path: path.name == "last.ckpt")
         after(StepSeed, "on_train_batch_start", number, partial(longest_file, resource.RLIM_INFINITY))
+    elif name == "SLURM":  # what srun sets for the one task of a job
+        os.environ |= {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+        os.environ |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     elif name in ("SIGTERM", "SIGUSR1"):  # to every process of the group, as schedulers do
         after(StepSeed, "on_train_batch_start", number, lambda: os.killpg(0, signal.Signals[name]))
     elif name == "nan":  # the loss of the second training step and of the next ones, up to `number`, is nan

@@ -52,7 +52,10 @@ JOBS: dict[str, tuple[str, list[tuple[list[str], list[tuple[str, int]]]]]] = {
     "whole": ("clip", [(LONG, [])]),
     "anywhere": ("clip", [*((LONG, [("seconds", s)]) for s in (1, 2, 1.5)), (LONG, [])]),
     "not preempted": ("decoder_video", [(PREEMPTED, [])]),
-    "preempted": ("decoder_video", [(PREEMPTED, [("SIGTERM", 3)]), (PREEMPTED, [("SIGUSR1", 1)]), (PREEMPTED, [])]),
+    "preempted": (
+        "decoder_video",
+        [(PREEMPTED, [("SIGTERM", 3)]), (PREEMPTED, [("SLURM", 1), ("SIGUSR1", 1)]), (PREEMPTED, [])],
+    ),
     "full": ("sr_high", [([EVERY], [("full", 4)])]),
     "full, killed": ("sr_high", [([EVERY], [("full", 9), ("step", 4)]), ([EVERY], [])]),
     "nan": ("sr_low", [([ACCUMULATE], [("nan", 3)])]),
@@ -127,12 +130,14 @@ def test_killed_at_any_time_it_is_the_same_run(results: dict[str, Result]) -> No
 
 
 def test_a_signal_saves_the_step_it_comes_in(results: dict[str, Result]) -> None:
-    """To the whole group of processes, in the middle of an accumulation."""
+    """To the whole group of processes, in the middle of an accumulation; the second as in a job of SLURM."""
     statuses, printed, run = results["preempted"]
     assert statuses == [143, 138, 0], printed
     for name, step in (("SIGTERM", 2), ("SIGUSR1", 3)):
-        assert f"stopped by {name} after step {step}; run the same command again to go on from" in printed
-    assert printed.count(f"{step:08d}.ckpt.") == 1 and "Traceback" not in printed
+        sentence = f"stopped by {name} after step {step}; run the same command again to go on from"
+        assert f"{sentence} {run}/checkpoints/{step:08d}.ckpt." in printed
+    assert "Traceback" not in printed
+    assert not list(run.glob("hpc_ckpt*"))  # Lightning's, of the middle of a step
     assert_same_run(run, results["not preempted"][2])
 
 
@@ -185,13 +190,15 @@ def copied(trained: Config, tmp_path: Path) -> Iterator[Config]:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(copied: Config, trained: Config) -> None:
     run = build.run_folder(copied, "sr_low")
-    newest, older = checkpoints(run / "checkpoints")
+    newest, _ = checkpoints(run / "checkpoints")
     os.truncate(newest, newest.stat().st_size // 2)
+    trainer = replace(copied.sr_low.trainer, keep_checkpoints=1)
+    config = replace(copied, sr_low=replace(copied.sr_low, trainer=trainer))
     with pytest.warns(UserWarning, match=f"{newest} cannot be read"):
-        assert train(copied, "sr_low")["steps"] == 4
+        assert train(config, "sr_low")["steps"] == 4
+    assert checkpoints(run / "checkpoints") == [newest]
     assert_same_run(run, build.run_folder(trained, "sr_low"))
-    for path in (newest, older):
-        path.write_bytes(b"PK rubbish")
+    newest.write_bytes(b"PK rubbish")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint in .* can be read; remove"):
         train(copied, "sr_low")
 
