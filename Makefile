@@ -25,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
-	train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data test lint clean
+	train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -110,6 +110,9 @@ $(VENV)/.bench: $(READY)
 
 test: $(READY) ## the tests: no network, no GPU
 	@$(RUN) -m pytest
+
+golden: $(READY) ## rewrite the losses that tests hold training to, after a change that is meant to change them
+	@GOLDEN=write $(RUN) -m pytest tests/experiments/test_resume.py -k golden
 
 lint: $(READY) ## ruff and mypy
 	@$(RUN) -m ruff check .

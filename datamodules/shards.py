@@ -7,6 +7,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 
 import logging
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -263,6 +264,13 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # (b, ..., h, w, c)
 
 
+def deaf(worker: int) -> None:
+    """Let a worker outlive SIGTERM and SIGUSR1, which schedulers send to every process of a job: training needs it to
+    end its step. A second SIGTERM, as a parent sends to a worker that hangs, ends it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class Batches:
     """A data loader that Lightning leaves alone.
 
@@ -350,6 +358,7 @@ class StreamDataModule(LightningDataModule):
             collate_fn=Collate(self.batch_size, self.sources()[0].pixels, self.workers),
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
+            worker_init_fn=deaf,
             persistent_workers=self.workers > 0,
         )
         return Batches(loader)

@@ -45,6 +45,8 @@ class TrainerConfig:
     log_every: int = 50  # steps
     sample_every: int = 5_000  # steps between pictures
     checkpoint_every: int = 5_000  # steps between checkpoints
+    keep_checkpoints: int = 2  # how many stay; one holds 16 bytes per parameter, and writing takes room for one more
+    max_nonfinite: int = 20  # steps in a row whose loss or gradient may be infinite or nan; one more stops the run
     preview: int = 8  # samples in a picture
     validate_every: int = 5_000  # steps between scores of D and D^t at fixed prompts (FVD, CLIPSIM), 0 = none
     validate: int = 16  # pictures or clips that are scored

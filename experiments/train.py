@@ -6,18 +6,20 @@ from its last checkpoint.
 """
 
 import json
-import os
+import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from experiments import build, watch
@@ -25,7 +27,9 @@ from experiments.cli import for_people
 from experiments.config import Config, load, save
 from lightning_modules import parallel
 from lightning_modules.callbacks import EMA, ClipGradients, Probe, StepSeed
+from lightning_modules.checkpoint import Checkpoints, read
 from lightning_modules.monitor import Clock
+from lightning_modules.whole import whole
 
 
 def train(config: Config, stage: str) -> dict[str, Any]:
@@ -51,8 +55,13 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     data = build.datamodule(config, stage, clip)
     preview = data.preview(part.trainer.preview)
 
-    last = run / "checkpoints" / "last.ckpt"
-    done = steps_done(last, module, part.trainer.max_steps) if last.exists() else 0
+    saver = Checkpoints(
+        run / "checkpoints",
+        part.trainer.checkpoint_every,
+        part.trainer.keep_checkpoints,
+        {"stage": stage, "size": config.size},
+    )
+    last, done = resume(saver, module, part.trainer.max_steps)
     if rank_zero_only.rank == 0:
         save(config, run / "config.yaml")
         (run / "summary.json").unlink(missing_ok=True)
@@ -69,42 +78,45 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         max_steps=part.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
-        logger=watch.loggers(config, stage, done),
+        # a finished run has also logged what follows its last step
+        logger=watch.loggers(config, stage, done if done < part.trainer.max_steps else done + 1),
         profiler=clock,
         log_every_n_steps=part.trainer.log_every,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data modules split the order themselves
         default_root_dir=run,
+        plugins=[saver.io],
         callbacks=[
             StepSeed(config.seed),
-            ClipGradients(part.trainer.clip_gradients),
+            ClipGradients(part.trainer.clip_gradients, part.trainer.max_nonfinite, ema),
             ema,
             *watch.callbacks(config, stage, clip, preview, clock, ema),
             probe,
             progress,
-            ModelCheckpoint(
-                run / "checkpoints",
-                filename="{step:08d}",
-                auto_insert_metric_name=False,
-                every_n_train_steps=part.trainer.checkpoint_every,
-                save_last="link",
-            ),
+            saver,
         ],
     )
     before = seconds_so_far(run)
     start = time.time()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+        with saver.listening():
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     except SystemExit:
-        raise KeyboardInterrupt from None  # what Lightning makes of Ctrl-C
+        if saver.signal is None:
+            raise KeyboardInterrupt from None  # what Lightning makes of Ctrl-C
+    except FloatingPointError as error:
+        raise RuntimeError(f"{error} The last good checkpoint is {saver.newest}.") from None
     finally:
         seconds = before + time.time() - start
         if trainer.is_global_zero:
-            (run / "seconds.json").write_text(json.dumps(seconds))
+            with suppress(OSError), whole(run / "seconds.json") as path:
+                path.write_text(json.dumps(seconds))
         for logger in trainer.loggers:
             logger.finalize("success" if trainer.global_step >= trainer.max_steps else "interrupted")
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()
+    if saver.signal is not None and trainer.global_step < trainer.max_steps:
+        stopped(saver, trainer)
     ema.swap(net)
     result = {
         "stage": stage,
@@ -117,9 +129,33 @@ def train(config: Config, stage: str) -> dict[str, Any]:
     }
     state = {k: v.detach().cpu().contiguous() for k, v in parallel.gathered(net.state_dict()).items()}
     if trainer.is_global_zero:
-        whole(run / "weights.safetensors", lambda path: save_file(state, path, {"stage": stage, "size": config.size}))
-        whole(run / "summary.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        with whole(run / "weights.safetensors") as path:
+            export(state, path, {"stage": stage, "size": config.size})
+        with whole(run / "summary.json") as path:
+            path.write_text(json.dumps(result, indent=2))
+    if saver.signal is not None:
+        stopped(saver, trainer)
     return result
+
+
+def stopped(saver: Checkpoints, trainer: L.Trainer) -> NoReturn:
+    """Leave with the status that a shell gives a process ended by this signal: 128 + its number."""
+    number = signal.Signals(saver.signal or 0)
+    if trainer.is_global_zero:
+        print(
+            f"stopped by {number.name} after step {trainer.global_step}; run the same command again to go on from "
+            f"{saver.newest}.",
+            file=sys.stderr,
+        )
+    sys.exit(128 + number)
+
+
+def export(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write weights; safetensors has an error of its own for a full disk."""
+    try:
+        save_file(state, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 class Progress(TQDMProgressBar):
@@ -155,14 +191,17 @@ class Progress(TQDMProgressBar):
         return {} if loss is None else {"loss": f"{float(loss):.3f}"}
 
 
-def steps_done(checkpoint: Path, module: L.LightningModule, max_steps: int) -> int:
-    """Steps that a checkpoint has behind it.
+def resume(saver: Checkpoints, module: L.LightningModule, max_steps: int) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and the steps it has behind it; (None, 0) where there is none.
 
     Raises:
-        ValueError: it is of another network, or has trained more steps than are asked for.
+        ValueError: it is of another schema, stage, size or network, or has trained more steps than are asked for.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    run = checkpoint.parent.parent
+    run = saver.folder.parent
+    try:
+        path, state = read(saver.folder, saver.run)
+    except FileNotFoundError:
+        return None, 0
     shapes = {key: value.shape for key, value in state["state_dict"].items()}
     if shapes != {key: value.shape for key, value in module.state_dict().items()}:
         raise ValueError(f"{run} holds a run of another network; remove that folder, or write elsewhere with runs=...")
@@ -171,20 +210,13 @@ def steps_done(checkpoint: Path, module: L.LightningModule, max_steps: int) -> i
             f"{run} has trained {state['global_step']} steps, more than trainer.max_steps={max_steps}; "
             "remove that folder to train anew, or write elsewhere with runs=..."
         )
-    return state["global_step"]
+    return path, state["global_step"]
 
 
 def seconds_so_far(run: Path) -> float:
     """Seconds that earlier sittings of a run have trained."""
     path = run / "seconds.json"
     return float(json.loads(path.read_text())) if path.exists() else 0.0
-
-
-def whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
 
 
 def quiet() -> None:

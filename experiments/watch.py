@@ -58,7 +58,7 @@ def run_id(run: Path) -> str:
     path = run / "wandb_id"
     if rank_zero_only.rank != 0:
         return ""  # only rank 0 logs
-    if not path.exists():
+    if not path.exists() or not path.read_text():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(os.urandom(4).hex())
     return path.read_text()

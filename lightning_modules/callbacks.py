@@ -35,20 +35,52 @@ class StepSeed(L.Callback):
 
 
 class ClipGradients(L.Callback):
-    """Limits the norm of all gradients together, and logs what it was.
+    """Limits the norm of all gradients together, logs what it was, and skips steps that are not finite.
 
     In place of the Trainer's own, which refuses a fused optimiser in mixed precision.
+
+    Where the loss of a batch or the gradient is infinite or nan, weights, optimiser state and average stay as they
+    are. The step still counts, and the learning rate's schedule and the data go on: both follow the number of the
+    step. `skipped_steps` counts such steps, also across a resume. Ranks agree, as the norm is that of the gradients
+    reduced over them. Looking at the norm waits for the GPU once a step.
+
+    Raises FloatingPointError for more than `max_nonfinite` in a row.
     """
 
-    def __init__(self, limit: float):
-        self.limit = limit
+    def __init__(self, limit: float, max_nonfinite: int, ema: "EMA"):
+        self.limit, self.max_nonfinite, self.ema = limit, max_nonfinite, ema
+        self.skipped = self.in_a_row = 0
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        # A loss that is not finite can have a finite gradient, and that of one rank or of one batch of an accumulation
+        # must reach the norm: 0 where it is finite, else nan.
+        poison = 0 * loss.detach()
+        loss.register_hook(lambda gradient: gradient + poison)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         trained = [p for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.limit or float("inf"))
-        pl_module.log("gradient_norm", whole(norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.limit or float("inf")))
+        if norm.isfinite():
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            optimizer.zero_grad()  # an optimiser leaves parameters without gradient alone, and their state
+            self.ema.updates = trainer.global_step + 1  # the average counts this step as done
+        pl_module.log("gradient_norm", norm)
+        pl_module.log("skipped_steps", float(self.skipped))
+        if self.in_a_row > self.max_nonfinite:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row, up to step {trainer.global_step + 1}, had a loss or a gradient that "
+                "is infinite or nan, more than trainer.max_nonfinite allows: lower optim.lr, or look at the data."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
 class EMA(L.Callback):
@@ -159,7 +191,12 @@ class Probe(L.Callback):
         if not self.values:
             self.values = [self.measure(trainer, pl_module)]
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not in on_train_end, which comes after the last checkpoint: a run killed in between would not come here again.
+        if trainer.global_step < trainer.max_steps:
+            return
         self.ema.swap(pl_module.net)  # type: ignore[arg-type]
         self.values = [self.values[0], self.measure(trainer, pl_module)]
         self.ema.swap(pl_module.net)  # type: ignore[arg-type]

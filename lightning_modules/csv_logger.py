@@ -1,12 +1,15 @@
 """metrics.csv of a run: one file, one curve, also across interruptions."""
 
 import csv
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_modules.whole import whole
 
 
 class MetricsCSV(Logger):
@@ -25,6 +28,7 @@ class MetricsCSV(Logger):
         self.path, self.timings = path, timings
         self.rows: dict[int, dict[str, str]] = {}
         self.columns = ["step"]
+        self.whole = False  # does the file hold all rows?
         if path.is_file():
             with path.open(newline="") as file:
                 old = {int(row["step"]): row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()}
@@ -49,20 +53,30 @@ class MetricsCSV(Logger):
         if not row:
             return
         step = step or 0
-        fresh = step not in self.rows and set(row) <= set(self.columns) and self.path.is_file()
-        self.rows.setdefault(step, {"step": str(step)}).update(row)
-        if not fresh:
-            self.rewrite()
+        if row.items() <= self.rows.get(step, {}).items():  # written already, before a checkpoint
             return
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(self.rows[step])
+        fresh = self.whole and step > next(reversed(self.rows), -1) and set(row) <= set(self.columns)
+        self.rows.setdefault(step, {"step": str(step)}).update(row)
+        try:
+            if fresh:
+                self.whole = False
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(self.rows[step])
+                self.whole = True
+            else:
+                self.rewrite()
+        except OSError as error:  # a full disk must not stop training; the rows wait for the next that can be written
+            warnings.warn(f"{self.path} could not be written ({error.strerror}).", stacklevel=2)
 
     @rank_zero_only
     def rewrite(self) -> None:
-        """Write all rows: after a resume, or when a new metric needs a column."""
+        """Write all rows, in the order of steps: after a resume, or when a new metric needs a column."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = dict(sorted(self.rows.items()))
         self.columns = list(dict.fromkeys(["step", *(key for row in self.rows.values() for key in row)]))
-        with self.path.open("w", newline="") as file:
+        self.whole = False
+        with whole(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows.values())
+        self.whole = True

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.proto.wandb_internal_pb2 import Record
+
+from lightning_modules.checkpoint import Checkpoints
 
 
 class OneCurve(WandbLogger):
@@ -75,10 +77,10 @@ class OneCurve(WandbLogger):
                 self.logged = step
 
     @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        if not self.log_checkpoints:
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        if not self.log_checkpoints or not isinstance(checkpoint_callback, Checkpoints):
             return
-        path = Path(checkpoint_callback._last_checkpoint_saved)
+        path = checkpoint_callback.path
         artifact = wandb.Artifact(f"{self.experiment.id}-checkpoint", "checkpoint")
         artifact.add_file(str(path), "checkpoint.ckpt")  # a copy: the file goes when the next checkpoint comes
         self.experiment.log_artifact(artifact, aliases=["latest", path.stem])

@@ -1,5 +1,7 @@
 """A few steps of every stage: what reaches the network, what trains, and that a restart changes nothing."""
 
+import copy
+
 import lightning as L
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_the_decoder_learns_from_images(unet, clip, fit):
 def test_gradients_are_clipped_with_every_optimiser(unet, clip, fit, precision, fused):
     net = unet(embedding_width=16)
     module = DecoderModule(net, PROCESS, clip, OptimConfig(fused=fused), SIDE)
-    fit(module, image_batch(), ClipGradients(1e-3), steps=1, precision=precision)
+    fit(module, image_batch(), ClipGradients(1e-3, 0, EMA(0.9)), steps=1, precision=precision)
     norm = torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None]).norm()
     assert norm == pytest.approx(1e-3, rel=1e-3)
     assert module.trainer.callback_metrics["gradient_norm"] > 1e-2
@@ -513,3 +515,53 @@ def test_clip_reads_the_picture_before_it_is_made_small(unet, clip, make):
     assert z.shape[-2:] == (SIDE, SIDE)
     large = batch["video"][:, :, 0] if video else batch["image"]
     torch.testing.assert_close(module.embedding(batch), scaled(clip.encode_image(large)))
+
+
+class Spikes(Draws):
+    """Some of its batches have a loss, or a gradient, that is not finite."""
+
+    def __init__(self, **spikes):
+        super().__init__()
+        self.spikes = spikes
+
+    def training_step(self, batch, batch_idx):
+        kind, loss = self.spikes.get(f"batch_{batch_idx}"), super().training_step(batch, batch_idx)
+        # the first has a finite gradient, the second has a finite loss
+        return loss + float("inf") if kind == "loss" else loss + (0 * loss).sqrt() if kind == "gradient" else loss
+
+    def configure_optimizers(self):
+        return optimizers(self.net, OptimConfig(lr=0.1, weight_decay=0.1, warmup=9), 10)
+
+
+class Everything(L.Callback):
+    """Weights, average and optimiser state after every step."""
+
+    def __init__(self, ema):
+        self.ema, self.seen = ema, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = {
+            "weights": copied(pl_module.net),
+            "average": self.ema.average,
+            "optimizer": trainer.optimizers[0].state_dict()["state"],
+        }
+        self.seen.append((copy.deepcopy(state), trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_moves_nothing_but_the_schedule(fit, kind, accumulate):
+    """One bad batch of an accumulation, be it the first, spoils its step."""
+    module, ema = Spikes(**{f"batch_{2 * accumulate}": kind}), EMA(0.5)
+    clip, watch = ClipGradients(1.0, 1, ema), Everything(ema)
+    fit(module, {"x": torch.zeros(1)}, StepSeed(0), clip, ema, watch, steps=4, accumulate_grad_batches=accumulate)
+    states = [(str(state), rate) for state, rate in watch.seen[accumulate - 1 :: accumulate]]
+    assert len(states) == 4 and (clip.skipped, clip.in_a_row) == (1, 0)
+    assert states[1][0] == states[2][0] and len({state for state, _ in states}) == 3
+    assert len({rate for _, rate in states}) == 4
+
+
+def test_more_in_a_row_than_allowed_stop_the_run(fit):
+    module, ema = Spikes(batch_0="loss", batch_2="loss", batch_3="gradient"), EMA(0.5)
+    with pytest.raises(FloatingPointError, match="2 steps in a row, up to step 4, had a loss or a gradient"):
+        fit(module, {"x": torch.zeros(1)}, StepSeed(0), ClipGradients(0.0, 1, ema), ema, steps=9)
