@@ -225,6 +225,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*mid-epoch.*")
     warnings.filterwarnings("ignore", message=".*treespec.*")
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*view tensor.*")  # nothing writes into it
 
 
 @for_people
