@@ -17,7 +17,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
 from experiments import build
@@ -53,7 +52,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
 
     last = run / "checkpoints" / "last.ckpt"
     done = steps_done(last, module, part.trainer.max_steps) if last.exists() else 0
-    if rank_zero_only.rank == 0:
+    if parallel.first_rank():
         save(config, run / "config.yaml")
         (run / "summary.json").unlink(missing_ok=True)
     precision = build.precision(part.trainer.precision)
@@ -174,7 +173,7 @@ def loggers(config: Config, stage: str, run: Path, first_step: int) -> list[Logg
 def run_id(run: Path) -> str:
     """W&B's id of a run folder, kept in it so that a resumed run is one run with one curve."""
     path = run / "wandb_id"
-    if rank_zero_only.rank != 0:
+    if not parallel.first_rank():
         return ""  # only rank 0 logs
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +238,7 @@ def main(arguments: list[str]) -> None:
     config = load(size, overrides, section=stage)
     run = build.run_folder(config, stage)
     result = train(config, stage)
-    if rank_zero_only.rank != 0:
+    if not parallel.first_rank():
         return
     print(f"{build.STAGES[stage].title}: {result['steps']} steps, loss {result.get('first_loss', float('nan')):.3f}"
           f" -> {result.get('last_loss', float('nan')):.3f}, weights in {run / 'weights.safetensors'}")  # fmt: skip

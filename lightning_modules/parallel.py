@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 from torch.distributed import get_rank
@@ -72,6 +73,11 @@ def nodes() -> int:
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
     return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1
+
+
+def first_rank() -> bool:
+    """Is this process the one that writes files? Known from the launcher before there is a Trainer."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def shard(module: L.LightningModule) -> None:
