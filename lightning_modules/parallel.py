@@ -33,7 +33,7 @@ class FSDP(ModelParallelStrategy):
         return True
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = Strategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         return {**state, "state": {number: gathered(moments) for number, moments in state["state"].items()}}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -136,6 +136,7 @@ def mean_of_ranks(module: L.LightningModule, value: Tensor) -> Any:
     if trainer is None or trainer.world_size == 1:
         return value
     # Lightning's own answer also asks whether to stop, which ranks may learn of at different steps.
-    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every:
         return value
     return trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
