@@ -18,7 +18,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -62,7 +61,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         {"stage": stage, "size": config.size},
     )
     last, done = resume(saver, module, part.trainer.max_steps)
-    if rank_zero_only.rank == 0:
+    if parallel.first_rank():
         save(config, run / "config.yaml")
         (run / "summary.json").unlink(missing_ok=True)
     precision = build.precision(part.trainer.precision)
@@ -230,6 +229,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*mid-epoch.*")
     warnings.filterwarnings("ignore", message=".*treespec.*")
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.*view tensor.*")  # nothing writes into it
 
 
 @for_people
@@ -243,7 +243,7 @@ def main(arguments: list[str]) -> None:
     config = load(size, overrides, section=stage)
     run = build.run_folder(config, stage)
     result = train(config, stage)
-    if rank_zero_only.rank != 0:
+    if not parallel.first_rank():
         return
     print(f"{build.STAGES[stage].title}: {result['steps']} steps, loss {result.get('first_loss', float('nan')):.3f}"
           f" -> {result.get('last_loss', float('nan')):.3f}, weights in {run / 'weights.safetensors'}")  # fmt: skip

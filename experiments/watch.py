@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from experiments import build
 from experiments.config import Config, VideoStage
@@ -21,6 +20,7 @@ from lightning_modules.callbacks import EMA, DataCounts, Samples
 from lightning_modules.csv_logger import MetricsCSV
 from lightning_modules.metrics.fvd import FrechetVideoDistance
 from lightning_modules.monitor import Clock, NoiseLevels, Speed
+from lightning_modules.parallel import first_rank
 from lightning_modules.validation import Validation
 from lightning_modules.wandb_logger import OneCurve
 from models.cascade import MakeAVideo, Stage
@@ -56,7 +56,7 @@ def loggers(config: Config, stage: str, first_step: int) -> list[Logger]:
 def run_id(run: Path) -> str:
     """W&B's id of a run folder, kept in it so that a resumed run is one run with one curve."""
     path = run / "wandb_id"
-    if rank_zero_only.rank != 0:
+    if not first_rank():
         return ""  # only rank 0 logs
     if not path.exists() or not path.read_text():
         path.parent.mkdir(parents=True, exist_ok=True)

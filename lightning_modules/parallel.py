@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 from torch.distributed import get_rank
@@ -32,7 +33,7 @@ class FSDP(ModelParallelStrategy):
         return True
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = Strategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         return {**state, "state": {number: gathered(moments) for number, moments in state["state"].items()}}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -72,6 +73,11 @@ def nodes() -> int:
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
     return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1
+
+
+def first_rank() -> bool:
+    """Is this process the one that writes files? Known from the launcher before there is a Trainer."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def shard(module: L.LightningModule) -> None:
@@ -130,6 +136,7 @@ def mean_of_ranks(module: L.LightningModule, value: Tensor) -> Any:
     if trainer is None or trainer.world_size == 1:
         return value
     # Lightning's own answer also asks whether to stop, which ranks may learn of at different steps.
-    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every:
         return value
     return trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")

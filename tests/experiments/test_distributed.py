@@ -80,6 +80,7 @@ def recipe(config: Config, stage: str, strategy: str, runs: Path, batch: int = 4
     config = replace(config, runs=str(runs), **{stage: part})
     config.interpolation.frames = config.sr_low_video.frames = 3
     config.decoder.unet.dropout = 0.0  # the one thing that is drawn by rank
+    config.decoder.unet.multiples = config.decoder.unet.attention = config.sr_low.unet.multiples = [1]
     if stage == "sr_low_video":
         config.sr_low_video.freeze_spatial = True
     for earlier in {"clip", build.STAGES[stage].grows_from} - {stage, ""}:
@@ -171,7 +172,6 @@ def test_every_switch_at_once(fresh: Config, two: Any, tmp_path: Path) -> None:
     Half a batch at a time is the same step, so all of them together come near plain float32 in one process.
     """
     stage = "sr_low_video"
-    fresh.sr_low.unet.multiples = [1]
     plain = recipe(fresh, stage, "", tmp_path / "plain", max_steps=2)
     train(plain, stage)
     switches: dict[str, Any] = dict(precision="bf16-mixed", accumulate=2, clip_gradients=0.1, compile=True)
