@@ -133,7 +133,7 @@ def charts(metrics: dict[str, Points], timings: dict[str, Points]) -> Iterable[s
     yield curves("Loss by noise level", levels, log=True)
     for name in metrics:
         if name.split("/")[0] in ("preview", "validation"):
-            yield curves(f"{name.split('/')[1]}, {name.split('/')[0]} clips", {name: metrics[name]})
+            yield curves(f"{name.split('/')[1]}, {name.split('/')[0]}", {name: metrics[name]})
     yield curves("Gradient norm", {"norm": metrics.get("gradient_norm", [])}, log=True)
     yield curves("Learning rate", {"rate": metrics.get("learning_rate", [])}, noisy=False)
     yield curves("Samples a second", {"samples": timings.get("time/samples_per_second", [])})
