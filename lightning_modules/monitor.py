@@ -146,7 +146,7 @@ class NoiseLevels(L.Callback):
 def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:
     """Does Lightning log this batch? It is the last of a step, and the step one of every `log_every_n_steps`."""
     whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return whole and trainer.global_step % trainer.log_every_n_steps == 0
+    return whole and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 def peak_tflops(device: torch.device, precision: str) -> float:
