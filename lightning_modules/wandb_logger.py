@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def records(path: Path) -> Iterator[Record]:
 def history(folder: Path) -> Iterator[dict[str, Any]]:
     """The logged rows of all W&B files of a run folder, in order: `{"decoder/loss": 0.1, "_step": 3, ...}`."""
     for path in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
+        settle(path)
         for record in records(path):
             if record.HasField("history"):
                 yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+
+
+def settle(path: Path, still: float = 3.0, most: float = 20.0) -> None:
+    """W&B writes a file from a process of its own, which may be behind: wait until it has ended the run or is still."""
+    end = time.time() + most
+    while time.time() < min(end, path.stat().st_mtime + still) and not any(r.HasField("exit") for r in records(path)):
+        time.sleep(0.1)
