@@ -6,6 +6,7 @@ The project is $WANDB_PROJECT or make-a-video, its owner $WANDB_ENTITY or the ac
 
 import os
 import sys
+from typing import Any
 
 import wandb
 import wandb_workspaces.reports.v2 as wr
@@ -19,20 +20,20 @@ from lightning_modules.monitor import LEVELS
 STEP = "trainer/global_step"
 
 
-def panels(config: Config, stage: str) -> list[wr.LinePlot | wr.MediaBrowser]:
+def panels(config: Config, stage: str) -> list[Any]:
     """The panels of a stage, those first that are looked at first: does it learn, what does it make, is it fast."""
     part, seen = build.section(config, stage), stage not in ("clip", "prior")
     video, scored = isinstance(part, VideoStage), stage in watch.SCORED and part.trainer.validate_every > 0
     clips = video and (stage != "sr_high_video")  # SR_h sees frames of video as pictures
     where = "validation" if config.data.validation else "preview"
 
-    def line(title: str, *keys: str, **options: bool) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x=STEP, y=[f"{stage}/{key}" for key in keys], **options)
+    def line(title: str, *keys: str, log_y: bool | None = None) -> wr.LinePlot:
+        return wr.LinePlot(title=title, x=STEP, y=[f"{stage}/{key}" for key in keys], log_y=log_y)
 
     def media(title: str, key: str) -> wr.MediaBrowser:
         return wr.MediaBrowser(title=title, media_keys=[f"{stage}/{key}"], num_columns=1)
 
-    found = [line("Loss", "loss", log_y=True)]
+    found: list[Any] = [line("Loss", "loss", log_y=True)]
     if stage != "clip":
         levels = [f"loss/t{i}" for i in range(LEVELS)]
         found.append(line("Loss by noise level, t3 the noisiest", *levels, log_y=True))

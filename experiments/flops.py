@@ -40,5 +40,6 @@ def step_flops(config: Config, stage: str) -> int:
 def clip_output(config: Config, net: nn.Module) -> Tensor:
     """Both encodings of one captioned picture."""
     side = config.clip.model.image_size
-    image, text, _ = net(torch.zeros(1, 3, side, side), torch.zeros(1, net.context_length, dtype=torch.long))  # type: ignore[arg-type, operator]
+    length: Any = net.context_length
+    image, text, _ = net(torch.zeros(1, 3, side, side), torch.zeros(1, length, dtype=torch.long))
     return image + text

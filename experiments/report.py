@@ -133,7 +133,7 @@ def charts(metrics: dict[str, Points], timings: dict[str, Points]) -> Iterable[s
     yield curves("Loss by noise level", levels, log=True)
     for name in metrics:
         if name.split("/")[0] in ("preview", "validation"):
-            yield curves(f"{name.split('/')[1]}, {name.split('/')[0]} clips", {name: metrics[name]})
+            yield curves(f"{name.split('/')[1]}, {name.split('/')[0]}", {name: metrics[name]})
     yield curves("Gradient norm", {"norm": metrics.get("gradient_norm", [])}, log=True)
     yield curves("Learning rate", {"rate": metrics.get("learning_rate", [])}, noisy=False)
     yield curves("Samples a second", {"samples": timings.get("time/samples_per_second", [])})
@@ -150,8 +150,8 @@ def histogram(run: Path) -> str:
             row = {
                 ".".join(i.nested_key): i.value_json for i in record.history.item if "rates" in "".join(i.nested_key)
             }
-            values = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.values")), [])
-            edges = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.bins")), [])
+            values: list[float] = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.values")), [])
+            edges: list[float] = next((json.loads(v) for k, v in row.items() if k.endswith("data/rates.bins")), [])
             for n, left, right in zip(values, edges, edges[1:], strict=False):
                 counts[(left + right) / 2] = counts.get((left + right) / 2, 0) + n
     return bars("Clips by frames a second", dict(sorted(counts.items())), "clips")
@@ -179,7 +179,8 @@ def pictures(folder: Path, title: str) -> str:
 
 def embedded(path: Path) -> str:
     """An <img> that holds the picture: as it is, or made smaller where it is large."""
-    image, data, kind = Image.open(path), path.read_bytes(), "png"
+    image: Image.Image = Image.open(path)
+    data, kind = path.read_bytes(), "png"
     if image.width > WIDEST or len(data) > 200_000:
         image = image.convert("RGB")
         image.thumbnail((WIDEST, 8 * WIDEST))

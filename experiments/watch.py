@@ -103,7 +103,7 @@ def validation(config: Config, stage: str, clip: Clip, ema: EMA) -> Validation:
     if texts:
         batch["image_embedding"] = embeddings(config, clip, texts)
     fvd = None
-    if scores_of(config, stage)[-1].startswith("fvd"):
+    if n > 1 and any(name.startswith("fvd") for name in scores_of(config, stage)):
         fvd = FrechetVideoDistance(config.evaluate.i3d or None, config.evaluate.i3d_sha256 or None)
     folder = build.run_folder(config, stage) / "prompted"
     if texts:

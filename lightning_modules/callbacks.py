@@ -239,6 +239,8 @@ class DataCounts(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.earlier = self.skipped - data.skipped  # what is damaged in the lists is found by every sitting
+        if trainer.global_step:
+            return  # the same filters have taken the same samples as when the run began
         left, taken = sum(map(len, data.sources())), data.filtered
         values = {"data/kept": left / (left + sum(taken.values()))}
         values |= {f"data/filtered/{name}": float(n) for name, n in taken.items()}

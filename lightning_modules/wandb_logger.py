@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import wandb
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from lightning_modules.checkpoint import Checkpoints
 
@@ -109,6 +110,14 @@ def records(path: Path) -> Iterator[Record]:
 def history(folder: Path) -> Iterator[dict[str, Any]]:
     """The logged rows of all W&B files of a run folder, in order: `{"decoder/loss": 0.1, "_step": 3, ...}`."""
     for path in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
+        settle(path)
         for record in records(path):
             if record.HasField("history"):
                 yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+
+
+def settle(path: Path, still: float = 3.0, most: float = 20.0) -> None:
+    """W&B writes a file from a process of its own, which may be behind: wait until it has ended the run or is still."""
+    end = time.time() + most
+    while time.time() < min(end, path.stat().st_mtime + still) and not any(r.HasField("exit") for r in records(path)):
+        time.sleep(0.1)

@@ -65,7 +65,7 @@ def test_the_page_holds_all_that_it_shows(page: Path, trained: Config) -> None:
     assert f"data:image/png;base64,{base64.b64encode(samples.read_bytes()).decode()}" in images
     clip = build.run_folder(trained, "decoder_video") / "prompted" / "step_00000004.mp4"
     assert f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}" in videos
-    for told in ("Loss by noise level", "fvd_random, preview clips", "clipsim, preview clips", "Learning rate",
+    for told in ("Loss by noise level", "fvd_random, preview", "clipsim, preview", "Learning rate",
                  "waiting", "Clips by frames a second", "samples that the filters left", "a 3D emoji of",
                  "max_steps: 4"):  # fmt: skip
         assert told in text, told

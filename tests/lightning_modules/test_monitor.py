@@ -168,7 +168,7 @@ def test_counts_go_on_after_a_restart():
     module = SimpleNamespace(log=lambda *args: logged.append(args))
     logged = []
     data = SimpleNamespace(sources=lambda: [[1, 2, 3]], filtered={"punsafe": 1}, skipped={}, rates={})
-    trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=1, max_steps=9, accumulate_grad_batches=1)
+    trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=0, max_steps=9, accumulate_grad_batches=1)
     for counts, found in ((first, 4), (second, 3)):
         data.skipped = Counter({"a listed file is missing": 2})
         counts.on_train_start(trainer, module)
