@@ -9,6 +9,7 @@ allocator loses between tensors. torch.compile mostly takes less than is compute
 """
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -312,7 +313,7 @@ def encode(clip: Any, config: Config, stage: str, batch: int) -> None:
 def empty_clip(config: Config) -> nn.Module:
     """The frozen CLIP without data, on the meta device."""
     with torch.device("meta"):
-        return clip_network(config.clip.model).eval().requires_grad_(False)
+        return clip_network(config.clip.model, "meta").eval().requires_grad_(False)
 
 
 def size(net: nn.Module) -> int:
@@ -320,9 +321,12 @@ def size(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def clip_network(model: ClipConfig) -> nn.Module:
+def clip_network(model: ClipConfig, device: str = "cpu") -> nn.Module:
     """CLIP with fresh weights."""
-    return open_clip.create_model(model.name, pretrained=None) if model.name else build_clip(model)
+    if not model.name:
+        return build_clip(model)
+    with patch.object(logging, "warning"):  # that nothing was loaded
+        return open_clip.create_model(model.name, pretrained=None, device=device)
 
 
 def inputs(config: Config, stage: str, net: nn.Module, batch: int) -> dict[str, Tensor]:
