@@ -155,16 +155,22 @@ class Step:
         # what accumulates is there from the second batch of a step on
         gradients: Any = np.full_like(self.gradients, trained) if accumulate > 1 else self.gradients * share
         fixed = 2 * weights + adamw + clip + buckets
-        most = int(np.argmax(copies + gradients + activations))
         first, further = self.clip_activations
         peak = max(
-            copies[most] + gradients[most] + activations[most],
+            max(copies + gradients + activations),
             first + (batch - 1) * further + (trained if accumulate > 1 else 0),
             trained * (1 if self.fused else 2),  # AdamW's step; unfused it takes a copy for its roots
         )
         return Parts(
-            weights, float(max(copies)), trained + buckets, adamw, weights, clip, float(activations[most]), fixed + peak
-        )  # fmt: skip
+            weights=weights,
+            copies=float(max(copies)),
+            gradients=trained + buckets,
+            adamw=adamw,
+            ema=weights,
+            clip=clip,
+            activations=float(max(activations)),
+            peak=float(fixed + peak),
+        )
 
     def largest_batch(self, limit: float, strategy: str = "one GPU", shards: int = 1, accumulate: int = 1) -> int:
         """The largest batch whose peak is within a limit of bytes, 0 if none is."""
@@ -212,7 +218,6 @@ def trace(net: nn.Module, run: Callable[[Any], Any], device: str, autocast: bool
     on_gpu = patch.object(p3d, "attend", F.scaled_dot_product_attention)
     attention: AbstractContextManager[Any] = on_gpu if device == "cuda" else nullcontext()
     fast = torch.backends.mha.get_fastpath_enabled()
-    gc.collect()
     gc.disable()  # so that tensors end where their last reference does, in every trace alike
     torch.backends.mha.set_fastpath_enabled(False)  # one operation without a formula
     try:

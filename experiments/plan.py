@@ -19,7 +19,7 @@ from experiments.cli import for_people
 from experiments.config import Config, VideoStage, first_line, load
 from experiments.memory import GIB, STRATEGIES, Step, bounds, measured, step
 
-PARTS = {"weights": "weights", "copies": "bf16 copies", "gradients": "gradients", "adamw": "AdamW", "ema": "EMA",
+PARTS = {"weights": "weights", "copies": "copies", "gradients": "gradients", "adamw": "AdamW", "ema": "EMA",
          "clip": "CLIP", "activations": "activations", "peak": "peak"}  # fmt: skip
 
 
@@ -86,22 +86,29 @@ def block(config: Config, stage: str, traced: Step, plan: Plan) -> str:
         f"  a step is batch_size {trainer.batch_size} x accumulate {trainer.accumulate} x {plan.gpus} GPUs = "
         f"{global_batch(config, stage, plan.gpus)} samples: "
         f"{flops((traced.flops + traced.clip_flops) * global_batch(config, stage, plan.gpus))}",
-        f"  {'GiB per GPU':<16}" + "".join(f"{name:>12}" for name in (*PARTS.values(), "", "largest batch")),
+        f"  {'GiB per GPU':<14}"
+        + "".join(f"{name:>{width(name)}}" for name in PARTS.values())
+        + f"{'':11}  largest batch",
     ]
     for strategy in plan.strategies:
         args = (strategy, plan.shards, trainer.accumulate)
         parts, largest = traced.parts(trainer.batch_size, *args), traced.largest_batch(plan.limit, *args)
         name = f"FSDP2 over {plan.shards}" if strategy == "FSDP2" else strategy
         lines.append(
-            f"  {name:<16}"
-            + "".join(f"{getattr(parts, part) / GIB:12.2f}" for part in PARTS)
-            + f"{'fits' if parts.peak <= plan.limit else 'too large':>12}{largest or 'none':>12}"
+            f"  {name:<14}"
+            + "".join(f"{getattr(parts, part) / GIB:{width(title)}.2f}" for part, title in PARTS.items())
+            + f"{'fits' if parts.peak <= plan.limit else 'too large':>11}{largest or 'none':>15}"
         )
     lines.append(
         f"  {trainer.max_steps:,} steps at {spent.samples:,.1f} samples/s: {duration(spent.hours)}, "
         f"{spent.gpu_hours:,.1f} GPU hours, ${spent.dollars:,.0f}"
     )
     return "\n".join(lines)
+
+
+def width(title: str) -> int:
+    """Of a column."""
+    return max(9, len(title) + 2)
 
 
 def sample(config: Config, stage: str) -> str:
@@ -137,19 +144,22 @@ def whole(config: Config, traced: dict[str, Step], plan: Plan) -> str:
 
 
 def head(size: str, plan: Plan) -> str:
+    """What is planned for, and how to read the tables."""
     return (
         f"{size} on {plan.gpus} GPUs of {plan.memory:g} GiB, {plan.limit / GIB:g} of them for tensors; "
         f"{plan.utilisation:.0%} of {plan.peak:g} TFLOP/s; ${plan.price:.2f} for a GPU hour\n"
-        "Computed for batch_size, without torch.compile. The peak is the most at one time: gradients come while\n"
-        "activations go, so it is less than the sum."
+        "Memory is that of batch_size. Copies are weights in bf16, under FSDP2 what it gathers; DDP has gradients\n"
+        "twice. The peak is the most at one time: less than the sum, as gradients come while activations go."
     )
 
 
 def count(n: float) -> str:
+    """Parameters, short."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
 
 
 def flops(n: float) -> str:
+    """Operations, short."""
     for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
         if n >= size:
             return f"{n / size:.3g} {unit}"
@@ -157,6 +167,7 @@ def flops(n: float) -> str:
 
 
 def duration(hours: float) -> str:
+    """Time, in the unit that suits it."""
     for unit, size in (("days", 24), ("hours", 1), ("minutes", 1 / 60)):
         if hours >= 2 * size:
             return f"{hours / size:.3g} {unit}"
