@@ -134,7 +134,7 @@ class Step:
     clip_activations: tuple[int, int]  # the most of one sample, and what each further one adds
     clip_flops: float  # of one sample, forward
     mixed: bool
-    fused: bool
+    roots: int  # parameters of which an AdamW that is not fused holds roots at one time
 
     def parts(self, batch: int, strategy: str = "one GPU", shards: int = 1, accumulate: int = 1) -> Parts:
         """Memory of one GPU for a batch of its own.
@@ -159,7 +159,7 @@ class Step:
         peak = max(
             max(copies + gradients + activations),
             first + (batch - 1) * further + (trained if accumulate > 1 else 0),
-            trained * (1 if self.fused else 2),  # AdamW's step; unfused it takes a copy for its roots
+            trained + FLOAT * self.roots * share,  # AdamW's step
         )
         return Parts(
             weights=weights,
@@ -257,6 +257,8 @@ def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> St
     first, activations = traced[0], [each.bytes_of("activations") for each in traced]
     assert len({len(each) for each in activations}) == 1, "steps of two samples and of three differ in more than size"
     net = empty_network(config, stage)
+    trained = [p.numel() for p in net.parameters() if p.requires_grad]
+    roots = sum(trained) if device == "cuda" else 2 * max(trained)  # a CPU goes from weight to weight
     blocks = [sum(p.numel() for p in m.parameters()) for m in net.modules() if isinstance(m, BLOCKS)]
     clip = (
         [trace_clip(config, stage, n, device, cast) for n in (1, 2)] if sees_clip(config, stage) and not batch else []
@@ -264,7 +266,7 @@ def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> St
     most = [int(sum(each.bytes_of(kind) for kind in KINDS).max()) for each in clip] or [0, 0]
     return Step(
         parameters=size(net),
-        trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
+        trained=sum(trained),
         block=max(blocks, default=0),
         outside=size(net) - sum(blocks),
         copies=first.bytes_of("copies"),
@@ -278,7 +280,7 @@ def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> St
         clip_activations=(most[0], most[1] - most[0]),
         clip_flops=float(clip[0].flops) if clip else 0.0,
         mixed=cast,
-        fused=part.optim.fused or device == "cpu",  # a CPU goes from weight to weight
+        roots=0 if part.optim.fused else roots,
     )
 
 
