@@ -5,6 +5,7 @@ STAGE ?= decoder
 PROMPT ?= a 3D emoji of octopus
 ARGS ?=
 DATA ?= experiments/demo/pairs
+GPUS ?= 8
 VENV ?= .venv
 PYTHON ?= python3
 
@@ -24,8 +25,9 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high finetune-video \
-	train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data test golden lint clean
+.PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
+	finetune-video train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data \
+	test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -47,6 +49,9 @@ endif
 
 demo: $(READY) ## train all five networks on the data in the repository, then write a film for PROMPT; goes on if interrupted
 	@$(RUN) -m experiments.demo $(SIZE) "$$PROMPT" $(ARGS)
+
+plan: $(READY) ## what SIZE takes on GPUS=8: memory by strategy, largest batches, days, dollars
+	@$(RUN) -m experiments.plan $(SIZE) gpus=$(GPUS) $(ARGS)
 
 train-clip: $(READY) ## our own CLIP, where the config names no pretrained one
 	@$(RUN) -m experiments.train clip $(SIZE) $(ARGS)

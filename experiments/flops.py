@@ -5,14 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import build
 from experiments.config import Config
-from experiments.memory import inputs
-from lightning_modules.decoder import freeze_all_but_temporal
-from models.unet import UNet
+from experiments.memory import empty_network, inputs
 
 
 def step_flops(config: Config, stage: str) -> int:
@@ -28,18 +26,15 @@ def step_flops(config: Config, stage: str) -> int:
     part.trainer = replace(part.trainer, batch_size=1)  # every operation is of one sample, so they add up
     for image in (config.decoder, config.sr_low, config.sr_high):
         image.unet.checkpoint_activations = False
+    net = empty_network(config, stage)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = build.network(config, stage)
-        if getattr(part, "freeze_spatial", False) and isinstance(net, UNet) and net.temporal:
-            freeze_all_but_temporal(net)
         output = clip_output(config, net) if stage == "clip" else net(**inputs(config, stage, net))
         output.float().square().mean().backward()
     return counter.get_total_flops() * samples
 
 
-def clip_output(config: Config, net: nn.Module) -> Tensor:
+def clip_output(config: Config, net: Any) -> Tensor:
     """Both encodings of one captioned picture."""
     side = config.clip.model.image_size
-    length: Any = net.context_length
-    image, text, _ = net(torch.zeros(1, 3, side, side), torch.zeros(1, length, dtype=torch.long))
+    image, text, _ = net(torch.zeros(1, 3, side, side), torch.zeros(1, net.context_length, dtype=torch.long))
     return image + text

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from experiments import build, watch
 from experiments.cli import for_people
 from experiments.config import Config, load, save
+from experiments.plan import warn
 from lightning_modules import parallel
 from lightning_modules.callbacks import EMA, ClipGradients, Probe, StepSeed
 from lightning_modules.checkpoint import Checkpoints, read
@@ -41,6 +42,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         FileNotFoundError: an earlier stage has no weights yet; names the command that makes them.
         ValueError: the config or the data are not usable.
     """
+    warn(config, stage)
     part, recipe, run = build.section(config, stage), build.STAGES[stage], build.run_folder(config, stage)
     clip = build.load_clip(config) if recipe.needs_clip else None
     earlier = build.weights(config, recipe.grows_from) if recipe.grows_from else None
