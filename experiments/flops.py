@@ -1,7 +1,6 @@
 """How much arithmetic a training step of a stage is, counted without doing it."""
 
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +22,13 @@ def step_flops(config: Config, stage: str) -> int:
     config = deepcopy(config)
     part: Any = build.section(config, stage)
     samples = part.trainer.batch_size * part.trainer.accumulate
-    part.trainer = replace(part.trainer, batch_size=1)  # every operation is of one sample, so they add up
     for image in (config.decoder, config.sr_low, config.sr_high):
         image.unet.checkpoint_activations = False
     net = empty_network(config, stage)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        output = clip_output(config, net) if stage == "clip" else net(**inputs(config, stage, net))
+        output = clip_output(config, net) if stage == "clip" else net(**inputs(config, stage, net, 1))
         output.float().square().mean().backward()
-    return counter.get_total_flops() * samples
+    return counter.get_total_flops() * samples  # every operation is of one sample, so they add up
 
 
 def clip_output(config: Config, net: Any) -> Tensor:

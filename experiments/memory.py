@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -240,6 +241,10 @@ def trace(net: nn.Module, run: Callable[[Any], Any], device: str, autocast: bool
     return traced
 
 
+def forward(config: Config, stage: str, batch: int, net: nn.Module) -> Any:
+    return net(**inputs(config, stage, net, batch))
+
+
 def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> Step:
     """Trace a stage: its network for two samples and for three, and its CLIP.
 
@@ -249,7 +254,7 @@ def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> St
     """
     part, cast = build.section(config, stage), mixed(config, stage, device)
     traced = [
-        trace(empty_network(config, stage), lambda net, n=n: net(**inputs(config, stage, net, n)), device, cast)
+        trace(empty_network(config, stage), partial(forward, config, stage, n), device, cast)
         for n in ([batch] if batch else [2, 3])
     ]
     first, activations = traced[0], [each.bytes_of("activations") for each in traced]
@@ -261,7 +266,7 @@ def step(config: Config, stage: str, device: str = "cuda", batch: int = 0) -> St
     clip = (
         [trace_clip(config, stage, n, device, cast) for n in (1, 2)] if sees_clip(config, stage) and not batch else []
     )
-    most = [int(sum(each.bytes_of(kind) for kind in KINDS).max()) for each in clip] or [0, 0]
+    most = [int(np.sum([each.bytes_of(kind) for kind in KINDS], axis=0).max()) for each in clip] or [0, 0]
     return Step(
         parameters=size(net),
         trained=sum(trained),
