@@ -72,7 +72,7 @@ def nodes() -> int:
     """Machines of this run, as torchrun or SLURM tell; 1 without them."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1
+    return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1
 
 
 def first_rank() -> bool:

@@ -71,7 +71,7 @@ def results(trained: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     jobs, runs = {}, {}
     for name, (stage, sittings) in JOBS.items():
         runs[name] = folder / name
-        for earlier in {"clip", build.STAGES[stage].grows_from} - {"", stage}:
+        for earlier in {"clip", "prior", build.STAGES[stage].grows_from} - {"", stage}:
             copy = runs[name] / "micro" / earlier / "weights.safetensors"
             copy.parent.mkdir(parents=True)
             copy.symlink_to(build.run_folder(trained, earlier) / "weights.safetensors")
