@@ -5,17 +5,18 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from datamodules import embeddings
 from datamodules.filters import FilterConfig, Filters
-from datamodules.pixels import check_sizes, random_crop, square
+from datamodules.pixels import LARGEST, check_sizes, random_crop, square
 from datamodules.shards import Sample, StreamDataModule
 from datamodules.tars import Entry, expand, index
 
@@ -23,23 +24,31 @@ log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("json", "txt")
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow alone goes by the content, and runs Ghostscript for an EPS named .jpg
 
 
 def decode(data: bytes, resolution: int) -> Tensor:
     """The centre square of a picture from its file's bytes, RGB uint8 (3, resolution, resolution).
 
-    Transparency becomes white. Raises ValueError.
+    Turned as its EXIF says; transparency becomes white. Raises ValueError, also for more than `LARGEST` pixels.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; draft takes the smallest that is still
         # enough.
         image.draft("RGB", (resolution, resolution))
+        if image.width * image.height > LARGEST:
+            raise Image.DecompressionBombError
+        if "exif" in image.info:
+            with suppress(Exception):  # broken EXIF; a broken picture fails below again
+                ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of bytes in memory, so it is they that are wrong; readers raise every kind
         raise ValueError(f"the image cannot be decoded ({type(error).__name__})") from error
     return square(pixels[None], resolution)[0]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datamodules.clips import choose_span
 from datamodules.filters import FilterConfig, Filters
-from datamodules.image_text import CAPTIONS, IMAGES, decode, metadata
+from datamodules.image_text import CAPTIONS, FORMATS, IMAGES, decode, metadata
 from datamodules.pixels import square
 from datamodules.shards import describe
 from datamodules.tars import Entry, expand, index, scan
@@ -107,7 +107,7 @@ def of_image(entry: Entry, show: bool) -> Facts:
     meta = metadata(entry)
     data = entry.read(next(extension for extension in IMAGES if extension in entry.members))
     try:
-        width, height = Image.open(io.BytesIO(data)).size
+        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be opened ({type(error).__name__})") from error
     numbers = {"width, px": width, "height, px": height, "width / height": width / height, "file, bytes": len(data),
