@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Pixels of a picture or frame: a small file that unpacks to more is a bomb, or a mistake. A camera's JPEG may have more,
-# as it is decoded at a part of its size.
+# Pixels of a picture or frame: a small file that unpacks to more is a bomb, or a mistake. A camera's JPEG may have
+# more, as it is decoded at a part of its size.
 LARGEST = 50_000_000
 
 
