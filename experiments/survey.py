@@ -69,7 +69,7 @@ def inspect(source: str, filters: FilterConfig, output: Path, samples: int = 100
 def holds_videos(source: str) -> bool:
     """Are there videos at `source`, not images? Raises FileNotFoundError for nothing."""
     path = Path(source)
-    if path.suffix.lower() == ".jsonl" or (path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]):
+    if path.suffix.lower()[1:] in ("jsonl", *VIDEOS) or (path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]):
         return True
     for shard in expand(source):
         if shard.endswith(".csv"):
@@ -97,7 +97,7 @@ def look(items: Sequence[Any], samples: int, read: Callable[[Any, bool], Facts])
     for i in tqdm(chosen, "inspect", disable=None):
         try:
             facts.append(read(items[i], i in shown))
-        except (ValueError, OSError) as error:
+        except Exception as error:  # as in training: decoders raise every kind of error
             problems.append((f"{origin(items[i])[1]}:{items[i].key}", describe(error)))
     return facts, problems
 

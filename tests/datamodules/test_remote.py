@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from datamodules import ImageTextDataModule, embeddings, remote
+from datamodules.filters import FilterConfig
 from datamodules.image_text import open_pairs
 from datamodules.tars import expand, index_beside, write_index
 
@@ -105,6 +106,16 @@ def test_an_index_beside_the_shard_saves_fetching_it(server: Server, tmp_path: P
     for batch in islice(iter(data.train_dataloader()), 5):
         assert batch["image"].shape == (1, 3, 16, 16)
     assert server.requests["00000.tar"] + server.requests["00001.tar"] == 1  # a window of one shard
+
+
+def test_a_shard_that_is_gone_does_not_stop_the_filters(server: Server, tmp_path: Path) -> None:
+    for i in range(2):
+        write_index(str(tmp_path / "served" / f"{i:05d}.tar"))
+    (tmp_path / "served" / "00001.tar").unlink()
+    filters = FilterConfig(punsafe=0.5, missing="keep")
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 5, 16, filters=filters)
+    assert len(data.sources()[0]) == 5
+    assert data.skipped == {"the file is missing": 1} and server.requests["00001.tar"] == 1
 
 
 def test_a_stale_index_is_not_believed(tmp_path: Path, make_shard: Any) -> None:
