@@ -165,8 +165,10 @@ def open_pairs(
     """
     entries, problems = index(shards, (IMAGES, CAPTIONS))
     if clip and (listed := next((entry for entry in entries if entry.meta is not None), None)):
-        raise ValueError(f"{listed.shard} is listed in a CSV file, and embeddings are kept beside tar shards alone: "
-                         "leave data.embeddings off, or pack the pictures with their captions into tar shards.")  # fmt: skip
+        raise ValueError(
+            f"{listed.shard} is listed in a CSV file, and embeddings are kept beside tar shards alone: "
+            "leave data.embeddings off, or pack the pictures with their captions into tar shards."
+        )
     without = embeddings.missing([shard for shard, _ in groupby(entries, lambda entry: entry.shard)], clip)
     if clip and without:
         raise FileNotFoundError(

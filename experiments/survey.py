@@ -69,7 +69,9 @@ def inspect(source: str, filters: FilterConfig, output: Path, samples: int = 100
 def holds_videos(source: str) -> bool:
     """Are there videos at `source`, not images? Raises FileNotFoundError for nothing."""
     path = Path(source)
-    if path.suffix.lower()[1:] in ("jsonl", *VIDEOS) or (path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]):
+    if path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]:
+        return True
+    if path.suffix.lower()[1:] in ("jsonl", *VIDEOS):
         return True
     for shard in expand(source):
         if shard.endswith(".csv"):
