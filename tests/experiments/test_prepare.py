@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from datamodules import embeddings
 from datamodules.tars import expand
 from experiments import build
-from experiments.config import Config
+from experiments.config import Config, save
 from experiments.prepare import embed, index, share
 from experiments.train import train
 
@@ -51,7 +50,7 @@ def test_a_killed_embed_goes_on(config: Config, tmp_path: Path) -> None:
     for shard in shards:
         shutil.copy(expand(config.data.shards)[0], shard)
     config = replace(config, data=replace(config.data, shards=[str(shards[0].parent)]))
-    OmegaConf.save(OmegaConf.structured(config), page := tmp_path / "page.yaml")
+    save(config, page := tmp_path / "page.yaml")
     command = [sys.executable, "-m", "experiments.prepare", "embed", str(page)]
     with (tmp_path / "errors.txt").open("w") as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as run:
         while len(list(shards[0].parent.glob("*.safetensors"))) < 2:
