@@ -50,7 +50,7 @@ def test_a_killed_embed_goes_on(config: Config, tmp_path: Path) -> None:
     for shard in shards:
         shutil.copy(expand(config.data.shards)[0], shard)
     config = replace(config, data=replace(config.data, shards=[str(shards[0].parent)]))
-    save(config, page := tmp_path / "page.yaml")
+    save(config, page := tmp_path / f"{config.size}.yaml")
     command = [sys.executable, "-m", "experiments.prepare", "embed", str(page)]
     with (tmp_path / "errors.txt").open("w") as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as run:
         while len(list(shards[0].parent.glob("*.safetensors"))) < 2:
