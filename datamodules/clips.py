@@ -22,7 +22,7 @@ from datamodules.pixels import LARGEST, random_crop, square
 Span = tuple[float, float]  # start and end in seconds from a video's first frame; the end is not part of it
 
 LARGEST_CLIP = 76 * 3840 * 2160  # pixels of all its frames, as they are decoded at full size: 1.9 GB
-UPRIGHT = (1, 0, 0, 1)
+UPRIGHT: tuple[int, ...] = (1, 0, 0, 1)  # signs of a display matrix that turns nothing
 ROUNDING = 1e-3  # seconds: lists of spans have milliseconds, and so have the times in webm and mkv files
 
 
