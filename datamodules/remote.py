@@ -76,6 +76,8 @@ def exists(address: str) -> bool:
         try:
             system, remote = fsspec.core.url_to_fs(address, **options(address))
             return bool(system.exists(remote, **strict))
+        except (FileNotFoundError, PermissionError):  # S3 forbids what is not there
+            return False
         except Exception as error:
             cause = type(error).__name__
             log.warning("Could not ask for %s (%s: %s), attempt %d.", address, cause, error, attempt + 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from datamodules import embeddings
 from datamodules.tars import expand
@@ -61,7 +62,11 @@ def test_a_killed_embed_goes_on(config: Config, tmp_path: Path) -> None:
     assert 0 < left <= 22, "the run was over before it could be killed"
     assert embed(config) == {"shards": left, "samples": 64 * left}
     files = sorted(shards[0].parent.glob("*.safetensors"))
-    assert len(files) == 24 and {file.read_bytes() for file in files} == {files[-1].read_bytes()}
+    assert len(files) == 24
+    for found in map(load_file, files):  # the shards are the same
+        for name, right in load_file(files[-1]).items():
+            assert right.any(1).all()
+            torch.testing.assert_close(found[name], right, atol=2e-3, rtol=0)  # float16, and another process
     assert len(list(shards[0].parent.iterdir())) == 48  # and nothing half written
 
 
