@@ -17,7 +17,7 @@ import fsspec
 import pytest
 import torch
 
-from datamodules import ImageTextDataModule, embeddings, remote
+from datamodules import Curriculum, ImageTextDataModule, VideoDataModule, embeddings, remote
 from datamodules.filters import FilterConfig
 from datamodules.image_text import open_pairs
 from datamodules.tars import expand, index_beside, write_index
@@ -178,6 +178,16 @@ def test_a_process_killed_in_writing_leaves_nothing_for_good(tmp_path: Path) -> 
     with remote.whole(address) as part:
         part.write_text("all")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "all")]
+
+
+@pytest.mark.parametrize("mood", [503, "stall", "cut"])
+def test_clips_are_asked_for_again(server: Server, tmp_path: Path, make_v2d: Any, make_timed: Any, mood: Any) -> None:
+    video = make_timed(tmp_path / "a.mp4", list(range(24))).read_bytes()
+    make_v2d(tmp_path / "served" / "v.tar", {str(i): {"mp4": video, "json": {}} for i in range(4)})
+    server.moods["v.tar"] = [mood, mood]
+    data = VideoDataModule(server.address + "/v.tar", 4, 8, 16, curriculum=Curriculum(steps=9))
+    (batch,) = islice(iter(data.train_dataloader()), 1)
+    assert sorted(batch["key"]) == list("0123") and server.requests["v.tar"] == 3 and not batch["skipped"]
 
 
 @pytest.fixture
