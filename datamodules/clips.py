@@ -5,21 +5,24 @@ section 3). The paper says "a beta function" and no more; the constants are ours
 """
 
 import io
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import decord
 import numpy as np
 from torch import Tensor
 
-from datamodules.pixels import random_crop, square
+from datamodules.pixels import LARGEST, random_crop, square
 
 Span = tuple[float, float]  # start and end in seconds from a video's first frame; the end is not part of it
 
+LARGEST_CLIP = 76 * 3840 * 2160  # pixels of all its frames, as they are decoded at full size: 1.9 GB
+UPRIGHT: tuple[int, ...] = (1, 0, 0, 1)  # signs of a display matrix that turns nothing
 ROUNDING = 1e-3  # seconds: lists of spans have milliseconds, and so have the times in webm and mkv files
 
 
@@ -146,9 +149,20 @@ class Video:
     times: np.ndarray  # (n,) float64 rising, seconds from the first frame
     keys: np.ndarray  # (k,) int64 rising, the stamps of key frames
     plain: bool  # decord can be trusted with it
+    size: int  # pixels of a frame
+    matrix: tuple[int, ...] = UPRIGHT  # signs; the pixel (x, y) is shown at (a x + c y, b x + d y)
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """The frames at rising indices, uint8 (n, h, w, 3). Raises ValueError for what cannot be decoded."""
+        """The frames at rising indices, uint8 (n, h, w, 3), upright. Raises ValueError for what cannot be decoded."""
+        if self.size > LARGEST or self.size * len(indices) > LARGEST_CLIP:
+            raise ValueError("the video's frames are too large")
+        pixels = self._stored_frames(indices)
+        a, b, c, d = self.matrix
+        if a == 0 == d and b and c:
+            pixels, a, d = pixels.swapaxes(1, 2), c, b
+        return np.ascontiguousarray(pixels[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+    def _stored_frames(self, indices: np.ndarray) -> np.ndarray:
         try:
             if self.plain:
                 try:
@@ -182,6 +196,30 @@ def _file(source: str | bytes) -> Any:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
+def display_matrix(file: IO[bytes], track: int) -> tuple[int, ...]:
+    """The signs of (a, b, c, d) in the header of an mp4's track (ISO/IEC 14496-12, 8.3.2), as in `Video.matrix`.
+
+    Phones store what their sensor sees, and there how it is to be turned. PyAV tells it of decoded frames alone.
+    """
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        if kind in (b"moov", b"trak"):
+            continue  # what is in them comes next
+        if size == 1:
+            size = int.from_bytes(file.read(8), "big") - 8
+        if size < 8:
+            break
+        if kind != b"tkhd":
+            file.seek(size - 8, io.SEEK_CUR)
+            continue
+        body = file.read(size - 8) if size < 200 else b""
+        wide = 12 if body[:1] == b"\x01" else 0
+        if len(body) >= 76 + wide and int.from_bytes(body[12 + wide * 2 // 3 :][:4], "big") == track:
+            a, b, _, c, d = np.sign(struct.unpack_from(">5i", body, 40 + wide)).tolist()
+            return a, b, c, d
+    return UPRIGHT
+
+
 def open_video(source: str | Path | bytes) -> Video:
     """A video from a path, or from the bytes of a file. Its packets are looked through, none is decoded.
 
@@ -198,6 +236,8 @@ def open_video(source: str | Path | bytes) -> Video:
     try:
         with av.open(_file(source), metadata_errors="ignore") as container:
             stream = container.streams.video[0]
+            size, track = stream.codec_context.width * stream.codec_context.height, stream.id
+            mp4 = "mp4" in container.format.name
             unit, claimed = stream.time_base, {each.index: each.frames for each in container.streams}
             # The stored times rather than index / rate, which is wrong for a variable frame rate; and rather than
             # those of decord, which are float32. The duration that the file claims is not asked for.
@@ -221,7 +261,12 @@ def open_video(source: str | Path | bytes) -> Video:
     # stored after (open groups), it gives others than asked for. And on a file with tables that are wrong about the
     # number of frames it crashes, and the process with it.
     plain = not open_groups and all(number in (0, counts[index]) for index, number in claimed.items())
-    return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain)
+    matrix = UPRIGHT
+    if mp4:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            matrix = display_matrix(file, track)
+    plain &= matrix == UPRIGHT  # decord turns frames by 180 degrees, and fails at those to be turned by 90
+    return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain, size, matrix)
 
 
 def choose_span(times: np.ndarray, spans: Sequence[Span], frames: int, rng: np.random.Generator) -> tuple[int, int]:

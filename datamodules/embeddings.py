@@ -5,6 +5,7 @@ header a digest of the samples. A sample that CLIP could not read has a row of z
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 
 from datamodules.remote import exists, local, whole
 from datamodules.tars import Entry
+
+log = logging.getLogger(__name__)
 
 
 def beside(shard: str, clip: str) -> str:
@@ -38,14 +41,20 @@ def write(entries: Sequence[Entry], clip: str, image: Tensor, text: Tensor) -> N
 def rows(entries: Sequence[Entry], clip: str) -> list[int]:
     """The row of each entry in its shard's file; entries are those of whole shards, in order.
 
-    Raises ValueError where a shard has changed since.
+    It is -1, which `read` refuses, where the file cannot be fetched. Raises ValueError where a shard has changed since.
     """
     found: list[int] = []
     for shard, group in groupby(entries, key=lambda entry: entry.shard):
         members = list(group)
         path = beside(shard, clip)
         try:
-            with safe_open(local(path), "pt") as file:
+            here = local(path)
+        except (ValueError, OSError) as error:
+            log.warning("No embeddings for the samples of %s: %s.", shard, error)
+            found += [-1] * len(members)
+            continue
+        try:
+            with safe_open(here, "pt") as file:
                 header = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): remove it and run `make embed` again.") from None
@@ -57,7 +66,9 @@ def rows(entries: Sequence[Entry], clip: str) -> list[int]:
 
 
 def read(shard: str, row: int, clip: str) -> dict[str, Tensor]:
-    """`image_embedding` and `text_embedding`, float32 `d`. Raises ValueError for a row of zeros."""
+    """`image_embedding` and `text_embedding`, float32 `d`. Raises ValueError for a row of zeros, and for -1."""
+    if row < 0:
+        raise ValueError("the embeddings of the shard could not be fetched")
     with safe_open(local(beside(shard, clip)), "pt") as file:
         image, text = (file.get_slice(name)[row].float() for name in ("image", "text"))
     if not image.any() or not text.any():

@@ -5,41 +5,51 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from datamodules import embeddings
-from datamodules.filters import FilterConfig, Filters
-from datamodules.pixels import check_sizes, random_crop, square
-from datamodules.shards import Sample, StreamDataModule
+from datamodules.filters import FilterConfig, Filters, MissingKeyError
+from datamodules.pixels import LARGEST, check_sizes, random_crop, square
+from datamodules.remote import local
+from datamodules.shards import Sample, StreamDataModule, describe
 from datamodules.tars import Entry, expand, index
 
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("json", "txt")
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow alone goes by the content, and runs Ghostscript for an EPS named .jpg
 
 
 def decode(data: bytes, resolution: int, crop: int | None = None) -> Tensor:
     """The centre square of a picture from its file's bytes, RGB uint8 (3, s, s), s as of `square`.
 
-    Transparency becomes white. Raises ValueError.
+    Turned as its EXIF says; transparency becomes white. Raises ValueError, also for more than `LARGEST` pixels.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; draft takes the smallest that is still
         # enough.
         image.draft("RGB", (resolution, resolution))
+        if image.width * image.height > LARGEST:
+            raise Image.DecompressionBombError
+        if "exif" in image.info:
+            with suppress(Exception):  # broken EXIF; a broken picture fails below again
+                ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # grey of 16 bits, which convert would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of bytes in memory, so it is they that are wrong; readers raise every kind
         raise ValueError(f"the image cannot be decoded ({type(error).__name__})") from error
     return square(pixels[None], resolution, crop)[0]
 
@@ -81,7 +91,8 @@ def caption(meta: dict[str, Any], rng: np.random.Generator | None) -> str:
 
 
 def _text(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""
+    # JSON can escape half of a pair of surrogates, which no tokenizer takes.
+    return value.encode("utf-8", "replace").decode().strip() if isinstance(value, str) else ""
 
 
 @dataclass(frozen=True)
@@ -147,13 +158,19 @@ def open_pairs(
     """The samples of shards that pass the filters; read are headers, and metadata where there is a filter.
 
     Filters act here and not while training, so that the order of samples has no holes: no rank is left without data and
-    no neighbour is seen twice. A sample whose metadata cannot be read is left to training, which skips and counts it.
+    no neighbour is seen twice. A sample whose metadata cannot be read is left to training, which skips and counts it. A
+    shard that cannot be fetched is left out.
 
     Raises:
         FileNotFoundError: `clip` is named and a shard has no embeddings by it.
         ValueError: not one sample can be read, or the filters take every one.
     """
     entries, problems = index(shards, (IMAGES, CAPTIONS))
+    if clip and (listed := next((entry for entry in entries if entry.meta is not None), None)):
+        raise ValueError(
+            f"{listed.shard} is listed in a CSV file, and embeddings are kept beside tar shards alone: "
+            "leave data.embeddings off, or pack the pictures with their captions into tar shards."
+        )
     without = embeddings.missing([shard for shard, _ in groupby(entries, lambda entry: entry.shard)], clip)
     if clip and without:
         raise FileNotFoundError(
@@ -163,20 +180,32 @@ def open_pairs(
     rows = embeddings.rows(entries, clip) if clip else []
     taken: Counter[str] = Counter()
     if filters is not None and filters.active:
-        kept = []
+        kept, lost = [], dict[str, str]()
         for i, entry in enumerate(entries):
+            if entry.shard in lost:
+                continue
+            try:
+                local(entry.shard)
+            except (ValueError, OSError) as error:
+                lost[entry.shard] = describe(error)
+                continue
             try:
                 meta = metadata(entry)
-            except ValueError:
+            except (ValueError, OSError):
                 kept.append(i)
                 continue
-            reason = filters.reason(meta, meta["caption"])
+            try:
+                reason = filters.reason(meta, meta["caption"])
+            except MissingKeyError as error:
+                raise MissingKeyError(f"{entry.shard}:{entry.key}: {error}") from None
             if reason:
                 taken[reason] += 1
             else:
                 kept.append(i)
+        problems += lost.items()
         if not kept:
-            raise ValueError(f"The filters took every sample ({dict(taken)}); loosen data.filters.")
+            fetched = f", {len(lost)} shards could not be fetched" if lost else ""
+            raise ValueError(f"The filters took every sample ({dict(taken)}{fetched}); loosen data.filters.")
         entries, rows = [entries[i] for i in kept], [rows[i] for i in kept] if rows else rows
     return Pairs(entries, resolution, crop, random_caption, clip, tuple(rows)), Report(problems, taken)
 

@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Pixels of a picture or frame: a small file that unpacks to more is a bomb, or a mistake. A camera's JPEG may have
+# more, as it is decoded at a part of its size.
+LARGEST = 50_000_000
+
 
 def square(pictures: np.ndarray, resolution: int, crop: int | None = None) -> Tensor:
     """The centre squares of pictures of one size, uint8 (n, h, w, 3), as uint8 (n, 3, resolution, resolution).

@@ -4,12 +4,13 @@ The folder is $MAKE_A_VIDEO_CACHE, by default ~/.cache/make-a-video. With $MAKE_
 were not used for longest make room for new ones.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +22,7 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
+DAY = 86400.0  # seconds
 STALL = 60.0  # seconds without a byte after which a server is given up
 
 
@@ -36,13 +38,13 @@ def local(address: str) -> str:
     if not is_remote(address):
         return address
     path = folder() / (hashlib.sha256(address.encode()).hexdigest()[:24] + Path(address.split("?")[0]).suffix)
-    if not path.exists():
+    try:
+        os.utime(path)
+    except FileNotFoundError:
         with FileLock(f"{path}.lock"):  # workers of all ranks want the same shard at the same time
             if not path.exists():
                 make_room(path.parent)
                 fetch(address, path)
-    else:
-        os.utime(path)
     return str(path)
 
 
@@ -65,25 +67,43 @@ def fetch(address: str, path: Path) -> None:
 
 
 def exists(address: str) -> bool:
+    """Is there a file? Raises ValueError where the server does not say so after retries."""
     if not is_remote(address):
         return os.path.exists(address)
-    system, remote = fsspec.core.url_to_fs(address, **options(address))
-    return bool(system.exists(remote))
+    # Else any answer of an HTTP server but yes is taken for no: a 503 too.
+    strict = {"strict": True} if address.startswith("http") else {}
+    for attempt in range(ATTEMPTS):
+        try:
+            system, remote = fsspec.core.url_to_fs(address, **options(address))
+            return bool(system.exists(remote, **strict))
+        except (FileNotFoundError, PermissionError):  # S3 forbids what is not there
+            return False
+        except Exception as error:
+            cause = type(error).__name__
+            log.warning("Could not ask for %s (%s: %s), attempt %d.", address, cause, error, attempt + 1)
+            time.sleep(2.0**attempt if attempt < ATTEMPTS - 1 else 0)
+    raise ValueError(f"Nobody says whether there is a file at {address}: {ATTEMPTS} attempts failed ({cause}).")
 
 
 @contextmanager
 def whole(address: str) -> Iterator[Path]:
     """A path to write to, which takes its place at the address when all is written, and not before."""
-    part = folder() / uuid4().hex if is_remote(address) else Path(f"{address}.{os.getpid()}.part")
-    try:
-        yield part
-        if is_remote(address):
-            system, remote = fsspec.core.url_to_fs(address, **options(address))
-            system.put_file(str(part), remote)
-        else:
-            os.replace(part, address)
-    finally:
-        part.unlink(missing_ok=True)
+    if is_remote(address):
+        part = folder() / f"{uuid4().hex}.part"
+    else:
+        part = Path(f"{address}.part")  # by this name what a killed process leaves is written over by the next
+    with part.open("ab") as file:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be writing the same
+        try:
+            yield part
+            if is_remote(address):
+                system, remote = fsspec.core.url_to_fs(address, **options(address))
+                system.put_file(str(part), remote)
+            else:
+                os.replace(part, address)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def options(address: str) -> dict[str, Any]:
@@ -100,12 +120,22 @@ def folder() -> Path:
 
 
 def make_room(cache: Path) -> None:
-    """Remove the files unused for longest until the cache is below its limit."""
+    """Remove the files unused for longest until the cache is below its limit, and what killed processes left."""
     limit = float(os.environ.get("MAKE_A_VIDEO_CACHE_GIB", "inf")) * 2**30
-    files = sorted((f for f in cache.iterdir() if f.suffix not in (".lock", ".part")), key=lambda f: f.stat().st_mtime)
-    total = sum(f.stat().st_size for f in files)
-    for file in files:
-        if total < limit:
-            return
-        total -= file.stat().st_size
-        file.unlink(missing_ok=True)  # a reader that has it open keeps it
+    with FileLock(cache / "room.lock"):
+        files = []
+        for entry in os.scandir(cache):
+            with suppress(FileNotFoundError):  # another process was faster
+                stat, kind = entry.stat(), Path(entry.name).suffix
+                if kind == ".part" and time.time() - stat.st_mtime > DAY:
+                    os.unlink(entry.path)
+                elif kind not in (".lock", ".part"):
+                    files.append((stat.st_mtime, stat.st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in files)
+        for used, size, file in sorted(files):
+            if total < limit:
+                return
+            with suppress(FileNotFoundError):
+                if file.stat().st_mtime == used:  # else another process has just asked for it
+                    file.unlink()  # a reader that has it open keeps it
+                    total -= size

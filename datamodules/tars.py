@@ -11,12 +11,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -122,33 +122,52 @@ def index(paths: Sequence[str], required: Sequence[Sequence[str]]) -> tuple[list
     return entries, problems
 
 
+Row = TypeVar("Row")
 FILES, TEXTS = ("filename", "file_name", "file", "path", "image"), ("caption", "text", "title", "prompt")
 
 
 def rows_of_csv(table: str, extensions: Sequence[str]) -> tuple[list[Entry], list[tuple[str, str]]]:
     """The samples of a CSV file in a plain folder: a column with paths beside it, one with captions, any with metadata.
 
-    Raises ValueError where one of the two columns is missing.
+    A row with more cells than columns is damaged: a caption with a comma needs quotes. Raises ValueError where one of
+    the two columns is missing.
     """
     entries: list[Entry] = []
     problems: list[tuple[str, str]] = []
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
-        header = {name.lower(): name for name in rows.fieldnames or []}
+        try:
+            header = {name.lower(): name for name in rows.fieldnames or []}
+        except csv.Error:
+            header = {}
         names = [next((header[name] for name in choice if name in header), None) for choice in (FILES, TEXTS)]
         if None in names:
             raise ValueError(f"{table} has the columns {', '.join(header) or 'of no name'}; needed are one with paths "
                              f"({', '.join(FILES)}) and one with captions ({', '.join(TEXTS)}).")  # fmt: skip
-        for row in rows:
+        for number, row in enumerate(csv_rows(rows), 1):
+            if row is None or None in row:
+                problems.append((f"{table}:row {number}", "the row of the CSV is damaged"))
+                continue
             name = row[names[0]] or ""  # type: ignore[index]
             path = Path(table).parent / name
             extension = path.suffix[1:].lower()
-            if extension not in extensions or not path.is_file():
-                problems.append((f"{table}:{name}", "the file is missing or of another kind"))
+            if extension not in extensions or not os.path.isfile(path):
+                problems.append((f"{table}:{name[:200]}", "the file is missing or of another kind"))
                 continue
             meta = {**row, "caption": row[names[1]]}  # type: ignore[index]
             entries.append(Entry(str(path), name, {extension: (0, path.stat().st_size)}, meta))
     return entries, problems
+
+
+def csv_rows(reader: Iterator[Row]) -> Iterator[Row | None]:
+    """Rows of a CSV file, None for one that is no CSV; an empty line is an empty row."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
 
 
 Members = dict[str, dict[str, tuple[int, int]]]  # key -> extension -> (offset, size)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.clips import Span, Video, open_video
-from datamodules.tars import Entry, expand, index
+from datamodules.tars import Entry, csv_rows, expand, index
 
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")  # extensions
 COLUMNS = ("videoid", "page_dir")  # all that is read of WebVid's CSV; `name` holds the caption
@@ -60,12 +60,14 @@ def list_clips(root: str | Path) -> tuple[list[Clip], list[Problem]]:
     - a .csv file, or a folder with one: WebVid, videos page_dir/videoid.mp4 beside it
     - a .jsonl file: HD-VILA, videos video_id.mp4 in the folder `videos` beside it, or beside it
     - a .tar, a glob or a brace range of them, or a folder with some: video2dataset
-    - any other folder: all videos in it and below, by name
+    - any other folder: all videos in it and below, by name; or one video
 
     Raises FileNotFoundError where there is nothing, ValueError where nothing can be used.
     """
     path = Path(root)
     suffix = path.suffix.lower()
+    if suffix[1:] in VIDEOS and path.is_file():
+        return [Clip(path.name, str(path))], []
     if suffix == ".tar" or (not path.exists() and re.search(r"[*?{\[]", str(root))):
         return list_shards(str(root))
     if path.is_file() and suffix in (".csv", ".jsonl"):
@@ -91,7 +93,10 @@ def list_folder(root: Path) -> list[Clip]:
     found = (path for path in root.rglob("[!.]*") if path.suffix[1:].lower() in VIDEOS and path.is_file())
     clips = [Clip(path.relative_to(root).as_posix(), str(path)) for path in sorted(found)]
     if not clips:
-        raise FileNotFoundError(f"There is no CSV file, no .tar and no video ({', '.join(VIDEOS)}) in {root}.")
+        raise FileNotFoundError(
+            f"There is no CSV file, no .tar and no video ({', '.join(VIDEOS)}) in {root}; "
+            "pictures need a .csv beside them with the columns filename and caption."
+        )
     return clips
 
 
@@ -104,7 +109,7 @@ def list_webvid(table: Path) -> tuple[list[Clip], list[Problem]]:
     problems: list[Problem] = []
     # Captions may be in any encoding: they are not read, so they need not be right.
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = _rows(csv.reader(file))
+        rows = csv_rows(csv.reader(file))
         header = next(rows, None) or []
         missing = [column for column in COLUMNS if column not in header]
         if missing:
@@ -121,17 +126,6 @@ def list_webvid(table: Path) -> tuple[list[Clip], list[Problem]]:
     if not any(os.path.exists(str(clip.file)) for clip in clips):
         raise ValueError(f"No video listed in {table} is there; expected is page_dir/videoid.mp4 in {table.parent}.")
     return clips, problems
-
-
-def _rows(reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
-    """Rows of a CSV file, None for one that is no CSV; an empty line is an empty row."""
-    while True:
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield None
 
 
 def list_hdvila(table: Path) -> tuple[list[Clip], list[Problem]]:
@@ -242,7 +236,7 @@ def seconds(time: Any) -> float:
     try:
         hours, minutes, rest = time.split(":") if isinstance(time, str) and ":" in time else (0, 0, time)
         value = 3600 * int(hours) + 60 * int(minutes) + float(rest)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise ValueError("a time in the list is damaged")

@@ -58,7 +58,9 @@ def share(config: Config) -> list[str]:
         raise ValueError("data.shards is empty: name the tar shards of captioned images.")
     shards = [shard for shard in expand(config.data.shards) if shard.endswith(".tar")]
     if not shards:
-        raise ValueError(f"data.shards={config.data.shards} holds no tar shards.")
+        raise ValueError(
+            f"data.shards={config.data.shards} holds no tar shards; pictures listed in a CSV file are read as they are."
+        )
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     return shards[rank::world]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datamodules.clips import choose_span
 from datamodules.filters import FilterConfig, Filters
-from datamodules.image_text import CAPTIONS, IMAGES, decode, metadata
+from datamodules.image_text import CAPTIONS, FORMATS, IMAGES, decode, metadata
 from datamodules.pixels import square
 from datamodules.shards import describe
 from datamodules.tars import Entry, expand, index, scan
@@ -69,7 +69,9 @@ def inspect(source: str, filters: FilterConfig, output: Path, samples: int = 100
 def holds_videos(source: str) -> bool:
     """Are there videos at `source`, not images? Raises FileNotFoundError for nothing."""
     path = Path(source)
-    if path.suffix.lower() == ".jsonl" or (path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]):
+    if path.is_dir() and not [*path.glob("*.tar"), *path.glob("*.csv")]:
+        return True
+    if path.suffix.lower()[1:] in ("jsonl", *VIDEOS):
         return True
     for shard in expand(source):
         if shard.endswith(".csv"):
@@ -97,7 +99,7 @@ def look(items: Sequence[Any], samples: int, read: Callable[[Any, bool], Facts])
     for i in tqdm(chosen, "inspect", disable=None):
         try:
             facts.append(read(items[i], i in shown))
-        except (ValueError, OSError) as error:
+        except Exception as error:  # as in training: decoders raise every kind of error
             problems.append((f"{origin(items[i])[1]}:{items[i].key}", describe(error)))
     return facts, problems
 
@@ -107,7 +109,7 @@ def of_image(entry: Entry, show: bool) -> Facts:
     meta = metadata(entry)
     data = entry.read(next(extension for extension in IMAGES if extension in entry.members))
     try:
-        width, height = Image.open(io.BytesIO(data)).size
+        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be opened ({type(error).__name__})") from error
     numbers = {"width, px": width, "height, px": height, "width / height": width / height, "file, bytes": len(data),

@@ -1,6 +1,7 @@
 """The curriculum of rates, the choice of frames, and the rate that is told."""
 
 import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules import clips
 from datamodules.clips import Curriculum, Keep, choose_frames, choose_span, open_video, read_clip, time_stamps
 
 CODECS = [("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("libx264", "mkv")]
@@ -264,6 +266,59 @@ def test_mutated_files_are_clips_or_value_errors(tmp_path: Path, make_timed: Any
             assert read_clip(data.tobytes(), 8, 4, 16, rng(seed))[0].shape == (3, 4, 16, 16)
         except ValueError as error:
             assert str(error).startswith(("the video", "the clip"))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_frames_are_turned_as_the_file_says(tmp_path: Path, wide: bool) -> None:
+    """Of a white, a grey and a dark corner, all eight ways to store a picture, as phones do."""
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:32, :48], upright[:32, 48:], upright[32:, :48] = 250, 170, 90
+    stored = {(1, 0, 0, 1): upright, (-1, 0, 0, 1): upright[:, ::-1], (1, 0, 0, -1): upright[::-1]}
+    stored |= {(-1, 0, 0, -1): upright[::-1, ::-1], (0, 1, 1, 0): upright.swapaxes(0, 1)}
+    stored |= {(0, 1, -1, 0): np.rot90(upright), (0, -1, 1, 0): np.rot90(upright, -1)}
+    stored |= {(0, -1, -1, 0): upright[::-1, ::-1].swapaxes(0, 1)}
+    for signs, pixels in stored.items():
+        path = tmp_path / "a.mp4"
+        with av.open(str(path), "w") as file:
+            stream: Any = file.add_stream("libx264", rate=24)
+            stream.width, stream.height, stream.pix_fmt = pixels.shape[1], pixels.shape[0], "yuv420p"
+            for _ in range(8):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+        data = path.read_bytes()
+        start = data.index(b"tkhd") + 4
+        a, b, c, d = (0x10000 * sign for sign in signs)
+        matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
+        data = data[: start + 40] + matrix + data[start + 76 :]
+        if wide:  # a version 1 header; what is after it in the file is not moved, the frames lie before
+            old = data[start : start + 84]
+            new = b"\1" + old[1:4] + bytes(16) + old[12:20] + bytes(4) + old[20:24] + old[24:]
+            data = data[: start - 8] + struct.pack(">I", len(new) + 8) + b"tkhd" + new + data[start + 84 :]
+            for box in (b"moov", b"trak"):
+                at = data.index(box) - 4
+                data = data[:at] + struct.pack(">I", struct.unpack(">I", data[at : at + 4])[0] + 12) + data[at + 4 :]
+        path.write_bytes(data)
+        for source in (path, data):
+            frames = open_video(source).frames(np.array([1, 6]))
+            assert frames.shape == (2, *upright.shape), signs
+            assert np.abs(frames.astype(int) - upright).mean() < 4, signs
+            assert read_clip(source, 24, 4, 16, rng())[0].shape == (3, 4, 16, 16)
+    with av.open(str(path)) as file:
+        assert next(file.decode(video=0)).rotation % 180 == 90  # FFmpeg reads the file as we mean it
+
+
+def test_frames_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, make_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "a.mp4", list(range(24)))  # 64 x 48
+    monkeypatch.setattr(clips, "LARGEST_CLIP", 4 * 64 * 48)
+    assert read_clip(path, 24, 4, 16, rng())[0].shape == (3, 4, 16, 16)
+    with pytest.raises(ValueError, match="^the video's frames are too large$"):
+        read_clip(path, 24, 5, 16, rng())
+    monkeypatch.setattr(clips, "LARGEST", 64 * 48 - 1)
+    with pytest.raises(ValueError, match="^the video's frames are too large$"):
+        read_clip(path, 24, 2, 16, rng())
 
 
 def test_a_wrong_extension_a_picture_and_a_folder(tmp_path: Path, make_timed: Any) -> None:

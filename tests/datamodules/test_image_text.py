@@ -1,5 +1,6 @@
 """Captioned stills: what a batch holds, what is skipped, and that a resumed run goes on exactly."""
 
+import io
 import logging
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from datamodules import ImageTextDataModule
+from datamodules import ImageTextDataModule, image_text
+from datamodules.image_text import decode
 from datamodules.pixels import square
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo"
@@ -50,6 +52,56 @@ def test_a_crop_shows_the_pixels_of_the_picture() -> None:
 def test_a_crop_is_not_larger_than_the_resolution(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="crop is 65 pixels of 64"):
         ImageTextDataModule(str(tmp_path), batch_size=4, resolution=64, crop=65)
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_are_turned_as_their_exif_says(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    upright = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
+    right = decode(encoded(upright, "PNG"), 16).float()
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1)}
+    stored |= {6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1)}
+    quality: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        got = decode(encoded(np.ascontiguousarray(pixels), kind, exif=exif, **quality), 16).float()
+        assert (got - right).abs().mean() < 8, orientation
+    assert (decode(encoded(upright, kind, exif=b"Exif\0\0no tags"), 16).float() - right).abs().mean() < 8
+
+
+def test_grey_of_sixteen_bits_is_grey() -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    got = decode(encoded(ramp, "PNG"), 64)
+    assert (got[0, 0].int() - torch.from_numpy((ramp[0] >> 8).astype(np.int32))).abs().max() <= 1
+
+
+def test_a_picture_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(file, "PNG")
+    with pytest.raises(ValueError, match="DecompressionBombError"):
+        decode(file.getvalue(), 16)
+    monkeypatch.setattr(image_text, "LARGEST", 64 * 64)  # what counts is the size that is decoded
+    pixels = np.full((480, 480, 3), 99, np.uint8)
+    assert decode(encoded(pixels, "JPEG"), 16).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="DecompressionBombError"):
+        decode(encoded(pixels, "PNG"), 16)
+
+
+def test_the_name_does_not_choose_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS would be handed to Ghostscript, whatever its name."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    for kind in ("EPS", "TIFF", "GIF"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, kind)
+        with pytest.raises(ValueError, match="UnidentifiedImageError"):
+            decode(file.getvalue(), 16)
 
 
 def test_half_of_the_captions_are_alternatives(tmp_path: Path, make_shard: Any) -> None:

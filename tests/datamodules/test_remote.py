@@ -1,10 +1,13 @@
 """Shards at other addresses, on a server that fails now and then."""
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -14,7 +17,8 @@ import fsspec
 import pytest
 import torch
 
-from datamodules import ImageTextDataModule, embeddings, remote
+from datamodules import Curriculum, ImageTextDataModule, VideoDataModule, embeddings, remote
+from datamodules.filters import FilterConfig
 from datamodules.image_text import open_pairs
 from datamodules.tars import expand, index_beside, write_index
 
@@ -42,8 +46,8 @@ class Server:
                 path = folder / name
                 mood = server.moods.get(name, []).pop(0) if body and server.moods.get(name) else 200
                 server.requests[name] += body
-                if not path.is_file() or mood == 503:
-                    self.send_error(503 if mood == 503 else 404)
+                if not path.is_file() or mood in (404, 503):
+                    self.send_error(mood if mood == 503 else 404)
                     return
                 data = path.read_bytes()
                 self.send_response(200)
@@ -107,6 +111,16 @@ def test_an_index_beside_the_shard_saves_fetching_it(server: Server, tmp_path: P
     assert server.requests["00000.tar"] + server.requests["00001.tar"] == 1  # a window of one shard
 
 
+def test_a_shard_that_is_gone_does_not_stop_the_filters(server: Server, tmp_path: Path) -> None:
+    for i in range(2):
+        write_index(str(tmp_path / "served" / f"{i:05d}.tar"))
+    (tmp_path / "served" / "00001.tar").unlink()
+    filters = FilterConfig(punsafe=0.5, missing="keep")
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 5, 16, filters=filters)
+    assert len(data.sources()[0]) == 5
+    assert data.skipped == {"the file is missing": 1} and server.requests["00001.tar"] == 1
+
+
 def test_a_stale_index_is_not_believed(tmp_path: Path, make_shard: Any) -> None:
     path = str(make_shard(tmp_path / "a.tar", 3))
     write_index(path)
@@ -136,6 +150,77 @@ def test_the_cache_makes_room(server: Server, cache: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MAKE_A_VIDEO_CACHE_GIB", str(first.stat().st_size * 0.9 / 2**30))
     second = Path(remote.local(server.address + "/00001.tar"))
     assert second.exists() and not first.exists()
+
+
+def test_many_make_room_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    for i in range(400):
+        (cache / f"{i}.tar").write_bytes(b"x" * 100)
+    (cache / "old.part").write_bytes(b"what a killed process left")
+    (cache / "new.part").write_bytes(b"what another is writing")
+    os.utime(cache / "old.part", (0, 0))
+    monkeypatch.setenv("MAKE_A_VIDEO_CACHE_GIB", str(1000 / 2**30))
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(remote.make_room, cache) for _ in range(8)]:
+            done.result()
+    assert len(list(cache.glob("*.tar"))) == 9 and [path.name for path in cache.glob("*.part")] == ["new.part"]
+
+
+def test_a_process_killed_in_writing_leaves_nothing_for_good(tmp_path: Path) -> None:
+    address = str(tmp_path / "a.json")
+    child = os.fork()
+    if not child:
+        with remote.whole(address) as part:
+            part.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not os.path.exists(address)
+    with remote.whole(address) as part:
+        part.write_text("all")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "all")]
+
+
+@pytest.mark.parametrize("mood", [503, "stall", "cut"])
+def test_clips_are_asked_for_again(server: Server, tmp_path: Path, make_v2d: Any, make_timed: Any, mood: Any) -> None:
+    video = make_timed(tmp_path / "a.mp4", list(range(24))).read_bytes()
+    make_v2d(tmp_path / "served" / "v.tar", {str(i): {"mp4": video, "json": {}} for i in range(4)})
+    server.moods["v.tar"] = [mood, mood]
+    data = VideoDataModule(server.address + "/v.tar", 4, 8, 16, curriculum=Curriculum(steps=9))
+    (batch,) = islice(iter(data.train_dataloader()), 1)
+    assert sorted(batch["key"]) == list("0123") and server.requests["v.tar"] == 3 and not batch["skipped"]
+
+
+@pytest.fixture
+def embedded(server: Server, tmp_path: Path) -> list[str]:
+    """The names of both shards' embeddings on the server."""
+    for i in range(2):
+        shard = str(tmp_path / "served" / f"{i:05d}.tar")
+        embeddings.write(open_pairs([shard], 8)[0].entries, "clip", torch.ones(5, 3), torch.ones(5, 3))
+    return [f"{i:05d}.clip.safetensors" for i in range(2)]
+
+
+@pytest.mark.parametrize("mood", [503, "stall", "cut"])
+def test_embeddings_are_asked_for_again(server: Server, embedded: list[str], mood: Any) -> None:
+    server.moods[embedded[1]] = [503, 503, 200, mood, mood]  # is it there? and then for all of it
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 10, 0, clip="clip")
+    (batch,) = islice(iter(data.train_dataloader()), 1)
+    assert len(set(batch["key"])) == 10 and batch["image_embedding"].shape == (10, 3)
+    assert server.requests[embedded[1]] == 6
+
+
+def test_embeddings_that_cannot_be_had_are_counted(server: Server, embedded: list[str]) -> None:
+    server.moods[embedded[1]] = [200] + [503] * 100
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 10, 0, clip="clip")
+    for batch in islice(iter(data.train_dataloader()), 2):
+        assert {int(key) for key in data.on_before_batch_transfer(batch, 0)["key"]} <= set(range(5))
+    assert set(data.skipped) == {"the embeddings of the shard could not be fetched"}
+    assert server.requests[embedded[1]] == 5
+    server.moods[embedded[1]] = [503] * 100
+    with pytest.raises(ValueError, match=f"whether there is a file at .*{embedded[1]}: 4 attempts failed"):
+        ImageTextDataModule(server.address + "/{00000..00001}.tar", 10, 0, clip="clip").setup()
+    server.moods[embedded[1]] = [404]
+    with pytest.raises(FileNotFoundError, match="make embed"):
+        ImageTextDataModule(server.address + "/{00000..00001}.tar", 10, 0, clip="clip").setup()
 
 
 def test_what_is_fetched_at_once_is_fetched_once(server: Server) -> None:

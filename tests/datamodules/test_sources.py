@@ -80,6 +80,45 @@ def test_a_plain_folder_with_a_csv(tmp_path: Path, columns: tuple[str, str]) -> 
         ImageTextDataModule(str(tmp_path), 5, 16).setup()
 
 
+def test_damaged_rows_of_a_csv_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0, (8, 8)))
+    rows = [
+        "filename,caption,punsafe",
+        "a.jpg,a cat, sitting,0.1",
+        "a.jpg,short",
+        "a.jpg,a cat,0.1",
+        f"{'a' * 5000}.jpg,,",
+    ]
+    rows += ["a\0b.jpg,x,0", 'a.jpg,"a stray quote ' + "x" * 140_000]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    for filters in (FilterConfig(), FilterConfig(punsafe=0.5, missing="keep")):
+        data = ImageTextDataModule(str(tmp_path), 4, 8, filters=filters)
+        assert [entry.meta["caption"] for entry in data.sources()[0].entries if entry.meta] == ["short", "a cat"]
+        assert data.skipped == {"the row of the CSV is damaged": 2, "the file is missing or of another kind": 2}
+    (tmp_path / "list.csv").write_text("x" * 140_000 + "\na.jpg,x\n")
+    with pytest.raises(ValueError, match="columns of no name"):
+        ImageTextDataModule(str(tmp_path), 4, 8).setup()
+
+
+def test_a_csv_has_no_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0, (8, 8)))
+    (tmp_path / "list.csv").write_text("filename,caption\na.jpg,a cat\n")
+    with pytest.raises(ValueError, match="listed in a CSV file, and embeddings"):
+        ImageTextDataModule(str(tmp_path), 4, 8, clip="a clip").setup()
+
+
+def test_a_sample_that_lacks_a_key_is_named(rated: Path) -> None:
+    with pytest.raises(ValueError, match=r"rated.tar:000000000: The filter pwatermark needs"):
+        ImageTextDataModule(str(rated), 4, 16, filters=FilterConfig(pwatermark=0.5)).setup()
+
+
+def test_half_a_surrogate_does_not_reach_the_tokenizer(tmp_path: Path, make_shard: Any) -> None:
+    meta = json.dumps({"caption": "a \ud800 cat", "alt_captions": ["a \udfff dog"]}).encode()
+    make_shard(tmp_path / "a.tar", 1, broken={0: {"json": meta}})
+    (batch,) = islice(iter(ImageTextDataModule(str(tmp_path), 20, 8).train_dataloader()), 1)
+    assert {text.encode() for text in batch["text"]} == {b"a ? cat", b"a ? dog"}
+
+
 def test_a_run_stops_when_most_samples_are_bad(tmp_path: Path, make_shard: Any) -> None:
     broken = {i: {"jpg": b"no picture"} for i in range(12)}
     make_shard(tmp_path / "a.tar", 20, broken=broken)

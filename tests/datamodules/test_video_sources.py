@@ -35,6 +35,12 @@ def test_a_plain_folder_is_one_of_videos(tmp_path: Path, make_timed: Any) -> Non
         assert len(clip.open()[0].times) == 9
 
 
+def test_one_video_is_a_source(tmp_path: Path, make_timed: Any) -> None:
+    path = make_timed(tmp_path / "a.mp4", TICKS[:9])
+    ((clip,), problems) = list_clips(path)
+    assert clip.key == "a.mp4" and len(clip.open()[0].times) == 9 and not problems
+
+
 def test_a_csv_can_be_named_and_its_damaged_rows_are_counted(tmp_path: Path, make_webvid: Any) -> None:
     root = make_webvid(tmp_path, 2)
     table = root / "table.csv"
@@ -208,6 +214,6 @@ def test_three_are_the_first_the_middle_and_the_last() -> None:
 
 def test_times() -> None:
     assert seconds("01:02:03.250") == 3723.25 and seconds("7.5") == seconds(7.5) == 7.5
-    for wrong in ("", "a:b:c", "1:2", "-1", -1, None, "nan", float("inf"), [1]):
+    for wrong in ("", "a:b:c", "1:2", "-1", -1, None, "nan", float("inf"), [1], 10**400, f"{10**400}:0:0"):
         with pytest.raises(ValueError, match="damaged"):
             seconds(wrong)

@@ -1,16 +1,20 @@
 """Embeddings computed once: resumable, and the same training from them as from the pictures."""
 
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from datamodules import embeddings
 from datamodules.tars import expand
 from experiments import build
-from experiments.config import Config
+from experiments.config import Config, save
 from experiments.prepare import embed, index, share
 from experiments.train import train
 
@@ -38,6 +42,32 @@ def test_an_interrupted_embed_goes_on(config: Config, tmp_path: Path, monkeypatc
     (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
     assert embed(config) == {"shards": 1, "samples": 64, "shards left without": 1}
     assert embed(config) == {"shards left without": 1}
+
+
+def test_a_killed_embed_goes_on(config: Config, tmp_path: Path) -> None:
+    """A real process, killed with SIGKILL between its first shard and its last."""
+    shards = [tmp_path / "many" / f"{i:02d}.tar" for i in range(24)]
+    shards[0].parent.mkdir()
+    for shard in shards:
+        shutil.copy(expand(config.data.shards)[0], shard)
+    config = replace(config, data=replace(config.data, shards=[str(shards[0].parent)]))
+    save(config, page := tmp_path / f"{config.size}.yaml")
+    command = [sys.executable, "-m", "experiments.prepare", "embed", str(page)]
+    with (tmp_path / "errors.txt").open("w") as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as run:
+        while len(list(shards[0].parent.glob("*.safetensors"))) < 2:
+            assert run.poll() is None, (tmp_path / "errors.txt").read_text()[-2000:]
+            time.sleep(0.002)
+        run.kill()
+    left = len(embeddings.missing(list(map(str, shards)), build.load_clip(config).name))
+    assert 0 < left <= 22, "the run was over before it could be killed"
+    assert embed(config) == {"shards": left, "samples": 64 * left}
+    files = sorted(shards[0].parent.glob("*.safetensors"))
+    assert len(files) == 24
+    for found in map(load_file, files):  # the shards are the same
+        for name, right in load_file(files[-1]).items():
+            assert right.any(1).all()
+            torch.testing.assert_close(found[name], right, atol=2e-3, rtol=0)  # float16, and another process
+    assert len(list(shards[0].parent.iterdir())) == 48  # and nothing half written
 
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])

@@ -233,9 +233,12 @@ def test_the_lists_of_video_are_told_apart(tmp_path: Path, sheet: Path) -> None:
 
     meta = {"clips": [[0.0, 0.25], [0.25, 1.0]], "caption": "a caption"}
     broken = {"mp4": video.read_bytes(), "json": {"status": "failed_to_download"}}
-    write_shard(tmp_path / "v.tar", {"1": {"mp4": video.read_bytes(), "json": meta}, "2": broken})
+    odd = {"mp4": video.read_bytes(), "json": {"clips": 3}}
+    write_shard(tmp_path / "v.tar", {"1": {"mp4": video.read_bytes(), "json": meta}, "2": broken, "3": odd})
     text = inspect(str(tmp_path / "v.tar"), OFF, sheet)
-    assert text.startswith(f"{tmp_path / 'v.tar'}: videos in tar shards\n") and row(text, "samples") == ["2"]
+    assert text.startswith(f"{tmp_path / 'v.tar'}: videos in tar shards\n") and row(text, "samples") == ["3"]
+    assert f"as {tmp_path / 'v.tar'}:3" in text and row(text, "readable of these") == ["1"]
+    assert row(inspect(str(video), OFF, sheet), "samples") == ["1"]
     assert f"1  video2dataset: failed_to_download, as {tmp_path / 'v.tar'}:2" in text
     assert row(text, "frames") == ["24"] * 5 and row(text, "too short for 16 frames at any rate") == ["0", "0.0%"]
 
@@ -251,6 +254,8 @@ def test_the_lists_of_video_are_told_apart(tmp_path: Path, sheet: Path) -> None:
 
 def test_a_wrong_source_is_one_sentence(tmp_path: Path, sheet: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(picture((8, 8), kind="JPEG"))
     write_shard(tmp_path / "other.tar", {"1": {"flac": b"sound"}})
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     wrong: list[tuple[str, type[Exception], str]] = [
@@ -258,6 +263,7 @@ def test_a_wrong_source_is_one_sentence(tmp_path: Path, sheet: Path) -> None:
         ("nothing.jsonl", FileNotFoundError, "nothing.jsonl"),
         ("{0..3}.tar", FileNotFoundError, "0.tar"),
         ("empty", FileNotFoundError, "no video"),
+        ("pictures", FileNotFoundError, "pictures need a .csv beside them"),
         ("other.tar", ValueError, "expected are uncompressed tar files"),
         ("other.csv", ValueError, "has the columns a, b"),
     ]
