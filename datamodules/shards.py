@@ -6,6 +6,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -24,7 +25,9 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 AHEAD = 2  # batches that each worker reads ahead
-ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn within one
+NEAR = 8  # samples of which one may take the place of one that is corrupt, before others are looked for far away
+# Separate random streams of one seed: the order of samples, what is drawn within one, and where others are looked for.
+ORDER, DRAWS, FAR = 0, 1, 2
 
 
 @lru_cache(maxsize=8)  # positions rise, so at most two epochs of a source are in use at a time
@@ -146,42 +149,53 @@ class Source(Protocol):
 
 
 class Stream(Dataset[Sample]):
-    """The endless shuffled stream of sources: position -> sample, with failures noted under "skipped".
+    """The endless shuffled stream of sources: position -> sample, with its failure noted under "skipped".
 
-    A sample that fails to load is replaced by the one at the next position, so that batches keep their
-    shape. Raises RuntimeError, with causes and examples, when `patience` samples in a row fail.
+    A sample that fails to load is replaced, so that batches keep their shape: by the next that loads of the `NEAR`
+    that follow, and where these fail too (a shard is lost) by one from elsewhere in the epoch. Noted is the failure at
+    the position itself alone: each sample has a position in each epoch, so what is corrupt counts once.
+    Raises RuntimeError, with causes and examples, when so many fail in a row that more than the share `max_skipped`
+    must be corrupt.
     """
 
     def __init__(
         self,
         sources: Source | Sequence[Source],
         seed: int,
-        patience: int = 32,
+        max_skipped: float = 0.5,
         weights: Sequence[float] = (1.0,),
         window: int = 0,
     ) -> None:
         self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
-        self.seed, self.patience = seed, patience
+        self.seed = seed
+        # The places far away are random: at the share allowed, all are corrupt once in 10^12 times.
+        self.patience = NEAR + math.ceil(-12 / math.log10(min(max(max_skipped, 0.5), 0.999)))
         self.mixture = Mixture(seed, weights)
         self.orders = [Order(seed, getattr(source, "sizes", [len(source)]), window) for source in self.sources]
 
-    def locate(self, position: int) -> tuple[Source, int]:
-        """The source of the sample at `position`, and its index there."""
-        source, within = self.mixture(position)
-        return self.sources[source], self.orders[source](within)
+    def locate(self, position: int, attempt: int = 0) -> tuple[Source, int]:
+        """The source of the sample at `position`, or of the one tried after `attempt` others, and its index there."""
+        source, within = self.mixture(position + attempt)
+        order = self.orders[source]
+        if attempt >= NEAR:
+            # The same distance for a whole epoch: the neighbours of a lost shard move to another one together.
+            epoch, offset = divmod(within, order.n)
+            distance = int(np.random.default_rng((self.seed, FAR, epoch, attempt)).integers(order.n))
+            within = epoch * order.n + (offset + distance) % order.n
+        return self.sources[source], order(within)
 
     def __getitem__(self, position: int) -> Sample:
-        skipped: list[tuple[str, str]] = []
+        failures: list[tuple[str, str]] = []
         for attempt in range(self.patience):
-            source, index = self.locate(position + attempt)
+            source, index = self.locate(position, attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
             try:
-                return {**source.load(index, position, rng), "skipped": skipped}
+                return {**source.load(index, position, rng), "skipped": failures[:1]}
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
-                skipped.append((source.name(index), describe(error)))
-        common = Counter(cause for _, cause in skipped).most_common(3)
+                failures.append((source.name(index), describe(error)))
+        common = Counter(cause for _, cause in failures).most_common(3)
         causes = "; ".join(f"{n} times: {cause}" for cause, n in common)
-        examples = ", ".join(name for name, _ in skipped[:3])
+        examples = ", ".join(name for name, _ in failures[:3])
         raise RuntimeError(
             f"{self.patience} samples in a row could not be loaded ({causes}), for example {examples}; "
             "check these files and that the data is of the kind this stage expects."
@@ -333,7 +347,7 @@ class StreamDataModule(LightningDataModule):
             self._processed = self._progress.total.processed
         rank, sources = self.trainer.global_rank if self.trainer else 0, self.sources()
         loader: DataLoader[Sample] = DataLoader(
-            Stream(sources, self.seed, weights=self.weights, window=self.window),
+            Stream(sources, self.seed, self.max_skipped, self.weights, self.window),
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
             collate_fn=Collate(self.batch_size, sources[0].pixels, self.workers),
             num_workers=self.workers,
@@ -357,7 +371,7 @@ class StreamDataModule(LightningDataModule):
             failures = batch.pop("skipped")
             self.note(failures)
             self._failed += len(failures)
-            self._seen += len(failures) + len(batch.get("key", ()))
+            self._seen += len(batch.get("key", ()))
             if self._seen >= 1000 and self._failed > self.max_skipped * self._seen:
                 worst = "; ".join(f"{n} times: {cause} (as in {self._examples[cause]})"
                                   for cause, n in self.skipped.most_common(3))  # fmt: skip

@@ -128,8 +128,38 @@ def test_a_bad_sample_is_replaced_by_the_next_and_reported() -> None:
 
 
 def test_too_many_bad_samples_in_a_row_end_in_a_sentence() -> None:
-    with pytest.raises(RuntimeError, match=r"32 samples in a row .*the number is bad.*numbers:"):
+    with pytest.raises(RuntimeError, match=r"48 samples in a row .*the number is bad.*numbers:"):
         Stream(Numbers(5, bad=tuple(range(5))), seed=0)[0]
+
+
+class Shards(Numbers):
+    """Numbers in shards of 40."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return [40] * (self.n // 40)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_lost_shard_is_replaced_by_others_and_counts_once(window: int) -> None:
+    """A shard lost whole is no reason to stop where the share that may be corrupt is higher."""
+    lost = tuple(range(80, 120))
+    stream = Stream(Shards(400, bad=lost), seed=0, max_skipped=0.2, window=window)
+    samples = [stream[p] for p in range(400)]
+    failures = [failure for sample in samples for failure in sample["skipped"]]
+    assert sorted(failures) == sorted((f"numbers:{i}", "the number is bad") for i in lost)
+    assert {int(sample["key"]) for sample in samples} == set(range(400)) - set(lost)
+    replacements = [int(sample["key"]) for sample in samples if sample["skipped"]]
+    assert len(set(replacements)) > 25  # not one neighbour again and again
+    if window:
+        assert len({i // 40 for i in replacements}) <= 4  # a shard that is opened for one of them serves the others
+    again = Stream(Shards(400, bad=lost), seed=0, max_skipped=0.2, window=window)
+    assert [again[p]["key"] for p in reversed(range(400))] == [sample["key"] for sample in reversed(samples)]
+
+
+def test_of_two_sources_one_may_be_lost() -> None:
+    stream = Stream([Numbers(50), Numbers(50, bad=tuple(range(50)))], seed=0, weights=[1, 1])
+    assert sum(bool(stream[p]["skipped"]) for p in range(1000)) == 500
 
 
 def test_wrong_ranks_and_sizes_are_refused() -> None:
