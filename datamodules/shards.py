@@ -5,6 +5,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 "samples consumed" in a checkpoint is enough to resume exactly, on any number of ranks or workers.
 """
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -211,6 +212,19 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:200]
 
 
+def digest(sources: Sequence[Source], settings: Any) -> str:
+    """One value for all that decides the order: the keys of samples, the sizes of shards, and settings.
+
+    Folders are not part of it: data may be moved.
+    """
+    value = hashlib.sha256(repr(settings).encode())
+    for source in sources:
+        value.update(repr(getattr(source, "sizes", len(source))).encode())
+        for index in range(len(source)):
+            value.update(source.name(index).rpartition(":")[2].encode(errors="replace") + b"\n")
+    return value.hexdigest()[:32]
+
+
 class Collate:
     """Samples to a batch: tensors stacked along a new first axis, strings listed, failures in one list.
 
@@ -293,28 +307,39 @@ class StreamDataModule(LightningDataModule):
     """What the data modules share: a stream's loader, its place in a checkpoint, the count of failures.
 
     A subclass gives `source()` and `preview_source()`, or `sources()` and their `weights`. The checkpoint holds
-    {"consumed": samples trained on, over all ranks}; batches that were only fetched ahead do not count.
+    {"consumed": samples trained on, over all ranks; "order": a digest of what decides the order of samples}; batches
+    that were only fetched ahead do not count. Another order than in the checkpoint, or on another rank, is refused.
 
-    max_skipped: the share of samples that may be unreadable before the run stops and says why; judged after the
-    first 1,000. window: shards whose samples are shuffled together, 0 = all.
+    max_skipped: the share of samples that may be unreadable before the run stops and says why, of those listed when
+    the data are opened, and of those trained on, judged after the first 1,000. window: shards whose samples are
+    shuffled together, 0 = all. changed: go on from a checkpoint in another order than it was written in.
     """
 
     weights: Sequence[float] = (1.0,)
 
-    def __init__(self, batch_size: int, seed: int, workers: int, max_skipped: float = 0.5, window: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        max_skipped: float = 0.5,
+        window: int = 0,
+        changed: bool = False,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"The batch size is {batch_size}; give a whole number of at least 1.")
         if seed < 0 or workers < 0:
             raise ValueError(f"Seed {seed} and workers {workers} must not be negative; give 0 or more.")
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.max_skipped, self.window = max_skipped, window
+        self.max_skipped, self.window, self.changed = max_skipped, window, changed
         self.skipped: Counter[str] = Counter()
         self.filtered: Counter[str] = Counter()  # samples that a filter took, by filter
         self._seen, self._failed, self._examples = 0, 0, dict[str, str]()
         self._start = 0  # samples consumed when counting began
         self._progress: Any = None  # Lightning's count of batches, from when counting began
         self._processed = 0  # what it stood at then
+        self._order = ""  # digest of the order that training follows, or that the checkpoint was written in
 
     def source(self) -> Source:
         raise NotImplementedError
@@ -346,6 +371,7 @@ class StreamDataModule(LightningDataModule):
             self._progress = self.trainer.fit_loop.epoch_loop.batch_progress
             self._processed = self._progress.total.processed
         rank, sources = self.trainer.global_rank if self.trainer else 0, self.sources()
+        self.check_order(sources)
         loader: DataLoader[Sample] = DataLoader(
             Stream(sources, self.seed, self.max_skipped, self.weights, self.window),
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
@@ -356,11 +382,35 @@ class StreamDataModule(LightningDataModule):
         )
         return Batches(loader)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
+    def check_order(self, sources: Sequence[Source]) -> None:
+        """Raises ValueError where the order of samples is not that of the checkpoint, or not the same on all ranks.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        Each rank opens the data for itself: where one of them, or the run that goes on, finds a shard less, all
+        positions hold other samples, and without a word some are repeated and others lost.
+        """
+        order = digest(sources, (self.seed, self.window, list(self.weights)))
+        if self.world > 1 and torch.distributed.is_initialized():
+            found: list[Any] = [None] * self.world
+            torch.distributed.all_gather_object(found, (order, sum(map(len, sources))))
+            if len(set(found)) > 1:
+                raise ValueError(
+                    f"The ranks found different samples ({', '.join(str(n) for _, n in found)} of them); the warnings "
+                    "above name what one of them could not read. Start the run again, with the same data for all."
+                )
+        if self._order not in ("", order) and not self.changed:
+            raise ValueError(
+                f"The {sum(map(len, sources))} samples found, or their order, are not those of the checkpoint: a shard "
+                "is missing or new, or data.filters, weights, window or the seed changed. Put that right, or set "
+                "data.changed=true to go on with them; the epoch then repeats some samples and loses others."
+            )
+        self._order = order
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "order": self._order}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start, self._progress = int(state_dict["consumed"]), None
+        self._order = state_dict.get("order", "")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Takes the failures out of the batch and counts them.
@@ -373,21 +423,40 @@ class StreamDataModule(LightningDataModule):
             self._failed += len(failures)
             self._seen += len(batch.get("key", ()))
             if self._seen >= 1000 and self._failed > self.max_skipped * self._seen:
-                worst = "; ".join(f"{n} times: {cause} (as in {self._examples[cause]})"
-                                  for cause, n in self.skipped.most_common(3))  # fmt: skip
                 raise RuntimeError(
                     f"{self._failed} of {self._seen} samples could not be read, more than data.max_skipped="
-                    f"{self.max_skipped} allows. {worst}."
+                    f"{self.max_skipped} allows. {self.worst()}."
                 )
         return batch
 
     def note(self, failures: Sequence[tuple[str, str]]) -> None:
         """Counts failures by cause, with one line in the log for a cause not seen before."""
         for name, cause in failures:
-            if cause not in self.skipped:
+            if cause not in self._examples:
                 log.warning("Skipped %s: %s. Others like it are only counted.", name, cause)
                 self._examples[cause] = name
             self.skipped[cause] += 1
+
+    def note_opening(self, problems: Sequence[tuple[str, str]], used: set[str], samples: int) -> None:
+        """Counts what was left out when the data were opened: `samples` are left, in the shards `used`.
+
+        Raises ValueError, with causes and examples, when it is more than `max_skipped` of the shards or of the samples.
+        """
+        self.note(problems)
+        damaged = {name for name, _ in problems if name.split("?")[0].endswith(".tar")}
+        single = sum(name not in damaged for name, _ in problems)
+        shards = (len(damaged - used), len(damaged | used), "shards")  # a truncated one may still be used
+        for n, total, kind in (shards, (single, single + samples, "listed samples")):
+            if n > self.max_skipped * total:
+                raise ValueError(
+                    f"{n} of {total} {kind} could not be read, more than data.max_skipped={self.max_skipped} "
+                    f"allows. {self.worst()}."
+                )
+
+    def worst(self) -> str:
+        """The most common causes of failures so far, each with an example."""
+        causes = self.skipped.most_common(3)
+        return "; ".join(f"{n} times: {c}" + f" (as in {self._examples[c]})" * (c in self._examples) for c, n in causes)
 
     def preview(self, n: int) -> Batch:
         """The first `n` samples that load, in the order of the files and always drawn alike: for grids."""

@@ -69,7 +69,7 @@ class VideoDataModule(StreamDataModule):
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
     seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
     standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
-    them. window: as there.
+    them. window, changed: as there.
     "fps" is the rate of the frames taken, not the one asked for. There is never text in a batch.
     Raises FileNotFoundError and ValueError as `list_clips` does.
 
@@ -92,8 +92,9 @@ class VideoDataModule(StreamDataModule):
         keep: Keep = EVERY,
         max_skipped: float = 0.5,
         window: int = 0,
+        changed: bool = False,
     ) -> None:
-        super().__init__(batch_size, seed, workers, max_skipped, window)
+        super().__init__(batch_size, seed, workers, max_skipped, window, changed)
         check_sizes(resolution, crop)
         if frames < 2:
             raise ValueError(f"A clip has frames = {frames}; give at least 2, one frame has no rate.")
@@ -105,8 +106,10 @@ class VideoDataModule(StreamDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads the list of clips, once, and counts what is damaged in it."""
         if not self._clips:
-            self._clips, problems = list_clips(self.root)
-            self.note(problems)
+            clips, problems = list_clips(self.root)
+            shards = {clip.file.shard for clip in clips if isinstance(clip.file, Entry)}
+            self.note_opening(problems, shards, len(clips))
+            self._clips = clips
 
     def source(self) -> Clips:
         self.setup()

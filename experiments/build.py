@@ -163,6 +163,7 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             keep=config.data.keep,
             max_skipped=config.data.max_skipped,
             window=config.data.window,
+            changed=config.data.changed,
         )
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the tar shards of captioned images.")
@@ -182,6 +183,7 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
         filters=config.data.filters,
         max_skipped=config.data.max_skipped,
         window=config.data.window,
+        changed=config.data.changed,
     )
 
 

@@ -89,7 +89,7 @@ def test_a_shard_that_cannot_be_had_is_skipped_and_counted(
 ) -> None:
     server.moods["00001.tar"] = [503] * 100
     with caplog.at_level(logging.WARNING):
-        data = ImageTextDataModule([server.address + "/{00000..00002}.tar"], 5, 16)
+        data = ImageTextDataModule([server.address + "/{00000..00002}.tar"], 5, 16, max_skipped=0.7)
         data.setup()
     assert len(data.sources()[0]) == 5
     assert sum(data.skipped.values()) == 2 and "the shard is not there" in data.skipped
