@@ -8,18 +8,29 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from datamodules.clips import Curriculum, Keep, take_clip
 from datamodules.pixels import check_sizes
-from datamodules.shards import Batch, Sample, StreamDataModule
+from datamodules.shards import Batch, Batches, Sample, StreamDataModule
 from datamodules.tars import Entry
 from datamodules.video_sources import Clip, list_clips
 
 EVERY = Keep()
+
+
+class Schedule(NamedTuple):
+    """Which training step a position belongs to: `step` began at position `consumed`."""
+
+    step: int = 0
+    consumed: int = 0
+    samples_per_step: int = 1  # over all ranks
+
+    def at(self, position: int) -> int:
+        return self.step + (position - self.consumed) // self.samples_per_step
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Clips:
     resolution: int
     crop: int | None
     curriculum: Curriculum
-    samples_per_step: int  # over all ranks: turns a position into a training step
+    schedule: Schedule
     keep: Keep = EVERY
     rate: float | None = None  # frames per second for all clips, in place of the curriculum's
 
@@ -53,7 +64,7 @@ class Clips:
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         clip = self.clips[index]
-        f = self.rate or self.curriculum.draw(rng, position // self.samples_per_step)
+        f = self.rate or self.curriculum.draw(rng, self.schedule.at(position))
         video, spans = clip.open()
         pixels, fps = take_clip(video, f, self.frames, self.resolution, rng, self.crop, spans, self.keep)
         return {"video": pixels, "fps": torch.tensor(fps, dtype=torch.float32), "key": clip.key}
@@ -102,6 +113,7 @@ class VideoDataModule(StreamDataModule):
         self.curriculum, self.keep = curriculum, keep
         self.rates: Counter[int] = Counter()
         self._clips: list[Clip] = []
+        self._schedule: Schedule | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the list of clips, once, and counts what is damaged in it."""
@@ -113,17 +125,37 @@ class VideoDataModule(StreamDataModule):
 
     def source(self) -> Clips:
         self.setup()
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        samples_per_step = self.batch_size * self.world * accumulate
         return Clips(
             self._clips,
             self.frames,
             self.resolution,
             self.crop,
             self.curriculum,
-            samples_per_step,
+            self.schedule,
             self.keep,
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """As in the checkpoint while a step has as many samples; else that of the step where training stands, begun
+        here: the curriculum goes on, and does not jump, on another number of ranks or with another batch."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        samples_per_step = self.batch_size * self.world * accumulate
+        before = self._schedule or Schedule(samples_per_step=samples_per_step)
+        if before.samples_per_step == samples_per_step:
+            return before
+        return Schedule(before.at(self.consumed), self.consumed, samples_per_step)
+
+    def train_dataloader(self) -> Batches:
+        self._schedule = self.schedule
+        return super().train_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "schedule": list(self.schedule)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._schedule = Schedule(*state_dict["schedule"]) if "schedule" in state_dict else None
 
     def preview_source(self) -> Clips:
         """All clips at the mean rate that the curriculum ends with."""
