@@ -26,6 +26,7 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 AHEAD = 2  # batches that each worker reads ahead
+TIMEOUT = 1800  # seconds without a batch after which a worker hangs; a shard may have to be fetched first
 NEAR = 8  # samples of which one may take the place of one that is corrupt, before others are looked for far away
 # Separate random streams of one seed: the order of samples, what is drawn within one, and where others are looked for.
 ORDER, DRAWS, FAR = 0, 1, 2
@@ -166,6 +167,7 @@ class Stream(Dataset[Sample]):
         max_skipped: float = 0.5,
         weights: Sequence[float] = (1.0,),
         window: int = 0,
+        workers: int = 0,
     ) -> None:
         self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
         self.seed = seed
@@ -173,6 +175,7 @@ class Stream(Dataset[Sample]):
         self.patience = NEAR + math.ceil(-12 / math.log10(min(max(max_skipped, 0.5), 0.999)))
         self.mixture = Mixture(seed, weights)
         self.orders = [Order(seed, getattr(source, "sizes", [len(source)]), window) for source in self.sources]
+        self.reading = torch.full((workers, 2), -1).share_memory_()  # what each worker is at: (position, attempt)
 
     def locate(self, position: int, attempt: int = 0) -> tuple[Source, int]:
         """The source of the sample at `position`, or of the one tried after `attempt` others, and its index there."""
@@ -188,10 +191,13 @@ class Stream(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         failures: list[tuple[str, str]] = []
         for attempt in range(self.patience):
+            self.at(position, attempt)
             source, index = self.locate(position, attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
             try:
-                return {**source.load(index, position, rng), "skipped": failures[:1]}
+                sample = {**source.load(index, position, rng), "skipped": failures[:1]}
+                self.at(-1)
+                return sample
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
                 failures.append((source.name(index), describe(error)))
         common = Counter(cause for _, cause in failures).most_common(3)
@@ -201,6 +207,11 @@ class Stream(Dataset[Sample]):
             f"{self.patience} samples in a row could not be loaded ({causes}), for example {examples}; "
             "check these files and that the data is of the kind this stage expects."
         )
+
+    def at(self, position: int, attempt: int = 0) -> None:
+        worker = get_worker_info()
+        if worker is not None and len(self.reading):
+            self.reading.numpy()[worker.id] = position, attempt
 
 
 def describe(error: Exception) -> str:
@@ -290,7 +301,26 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         assert isinstance(self.loader.collate_fn, Collate)
-        return map(self.loader.collate_fn.receive, self.loader)
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise RuntimeError(self.stuck()) from None
+            yield self.loader.collate_fn.receive(batch)
+
+    def stuck(self) -> str:
+        """Which files the workers are at when no batch comes: a decoder in a loop cannot be stopped from within."""
+        stream = self.loader.dataset
+        assert isinstance(stream, Stream)
+        found = [stream.locate(position, attempt) for position, attempt in stream.reading.tolist() if position >= 0]
+        names = ", ".join(source.name(index) for source, index in found)
+        return (
+            f"The data workers gave no batch for {TIMEOUT / 60:.0f} minutes; they were reading {names}. A decoder, or "
+            "the disk, hangs there: take such a file out of the list; data.changed=true goes on without it."
+        )
 
     @property
     def _iterator(self) -> Any:
@@ -307,8 +337,9 @@ class StreamDataModule(LightningDataModule):
     """What the data modules share: a stream's loader, its place in a checkpoint, the count of failures.
 
     A subclass gives `source()` and `preview_source()`, or `sources()` and their `weights`. The checkpoint holds
-    {"consumed": samples trained on, over all ranks; "order": a digest of what decides the order of samples}; batches
-    that were only fetched ahead do not count. Another order than in the checkpoint, or on another rank, is refused.
+    {"consumed": samples trained on, over all ranks; "order": a digest of what decides the order of samples;
+    "skipped": failures by cause}; batches that were only fetched ahead do not count. Another order than in the
+    checkpoint, or on another rank, is refused.
 
     max_skipped: the share of samples that may be unreadable before the run stops and says why, of those listed when
     the data are opened, and of those trained on, judged after the first 1,000. window: shards whose samples are
@@ -333,8 +364,9 @@ class StreamDataModule(LightningDataModule):
             raise ValueError(f"Seed {seed} and workers {workers} must not be negative; give 0 or more.")
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.max_skipped, self.window, self.changed = max_skipped, window, changed
-        self.skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()  # failures by cause: of opening, of this rank; after `gather` of all
         self.filtered: Counter[str] = Counter()  # samples that a filter took, by filter
+        self._opening: Counter[str] = Counter()  # those of opening and previews, which every rank and run meets anew
         self._seen, self._failed, self._examples = 0, 0, dict[str, str]()
         self._start = 0  # samples consumed when counting began
         self._progress: Any = None  # Lightning's count of batches, from when counting began
@@ -373,12 +405,13 @@ class StreamDataModule(LightningDataModule):
         rank, sources = self.trainer.global_rank if self.trainer else 0, self.sources()
         self.check_order(sources)
         loader: DataLoader[Sample] = DataLoader(
-            Stream(sources, self.seed, self.max_skipped, self.weights, self.window),
+            Stream(sources, self.seed, self.max_skipped, self.weights, self.window, self.workers),
             batch_sampler=Positions(lambda: self.consumed, self.batch_size, rank, self.world),
             collate_fn=Collate(self.batch_size, sources[0].pixels, self.workers),
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
             persistent_workers=self.workers > 0,
+            timeout=TIMEOUT if self.workers else 0,
         )
         return Batches(loader)
 
@@ -406,11 +439,24 @@ class StreamDataModule(LightningDataModule):
         self._order = order
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self.consumed, "order": self._order}
+        return {"consumed": self.consumed, "order": self._order, "skipped": dict(self.skipped - self._opening)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start, self._progress = int(state_dict["consumed"]), None
         self._order = state_dict.get("order", "")
+        if not self.trainer or self.trainer.is_global_zero:  # they are of all ranks together
+            self.skipped += Counter(state_dict.get("skipped", {}))
+
+    def gather(self) -> None:
+        """Brings the counts of failures of all ranks together in the first. All ranks must call it."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            found: list[Any] = [None] * self.world
+            torch.distributed.all_gather_object(found, (self.skipped - self._opening, self._examples))
+            self.skipped = self._opening.copy()
+            if self.trainer and self.trainer.is_global_zero:
+                for skipped, examples in found:
+                    self.skipped += skipped
+                    self._examples = {**examples, **self._examples}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Takes the failures out of the batch and counts them.
@@ -429,8 +475,9 @@ class StreamDataModule(LightningDataModule):
                 )
         return batch
 
-    def note(self, failures: Sequence[tuple[str, str]]) -> None:
+    def note(self, failures: Sequence[tuple[str, str]], opening: bool = False) -> None:
         """Counts failures by cause, with one line in the log for a cause not seen before."""
+        self._opening.update(cause for _, cause in failures if opening)
         for name, cause in failures:
             if cause not in self._examples:
                 log.warning("Skipped %s: %s. Others like it are only counted.", name, cause)
@@ -442,7 +489,7 @@ class StreamDataModule(LightningDataModule):
 
         Raises ValueError, with causes and examples, when it is more than `max_skipped` of the shards or of the samples.
         """
-        self.note(problems)
+        self.note(problems, opening=True)
         damaged = {name for name, _ in problems if name.split("?")[0].endswith(".tar")}
         single = sum(name not in damaged for name, _ in problems)
         shards = (len(damaged - used), len(damaged | used), "shards")  # a truncated one may still be used
@@ -468,7 +515,7 @@ class StreamDataModule(LightningDataModule):
             try:
                 samples.append(source.load(index, 0, np.random.default_rng((0, DRAWS, index))))
             except Exception as error:
-                self.note([(source.name(index), describe(error))])
+                self.note([(source.name(index), describe(error))], opening=True)
         if not samples:
             raise ValueError("No sample could be loaded for a preview; the warnings above name the causes.")
         return self.on_before_batch_transfer(Collate()(samples), 0)

@@ -1,6 +1,7 @@
 """What every stage's training has in common, as Lightning callbacks."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_modules.media import strip, write_mp4, write_png
+
+log = logging.getLogger(__name__)
 
 
 class StepSeed(L.Callback):
@@ -175,12 +178,16 @@ class Probe(L.Callback):
 
 class DataCounts(L.Callback):
     """Logs what the data module counts: samples that a filter took, those that could not be read, and for clips the
-    achieved frame rates, and to W&B their histogram every `every` steps."""
+    achieved frame rates; every `every` steps those that could not be read by cause, of all ranks, with a line in the
+    log, and to W&B the histogram of rates."""
+
+    CAUSES = 20  # that get a metric of their own
 
     def __init__(self, every: int):
-        self.every = every
+        self.every, self.step, self.told = every, 0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step = trainer.global_step
         taken = getattr(trainer.datamodule, "filtered", {})  # type: ignore[attr-defined]
         for logger in trainer.loggers if taken else ():
             logger.log_metrics({f"data/filtered/{name}": float(n) for name, n in taken.items()}, trainer.global_step)
@@ -189,13 +196,18 @@ class DataCounts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
+        due = trainer.global_step > self.step and trainer.global_step % self.every == 0  # once, if a step has batches
+        self.step = trainer.global_step
+        if due and hasattr(data, "gather"):
+            data.gather()
+            self.log_causes(trainer, data)
         if getattr(data, "skipped", None):
             pl_module.log("data/skipped", float(sum(data.skipped.values())))
         rates = getattr(data, "rates", None)
         if not rates:
             return
         pl_module.log("data/fps", batch["fps"].mean())  # of this batch: the same numbers after a resume
-        if trainer.global_step % self.every == 0:
+        if due:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     bins = np.arange(min(rates), max(rates) + 2)
@@ -203,3 +215,19 @@ class DataCounts(L.Callback):
                     histogram = wandb.Histogram(np_histogram=(counts, bins - 0.5))
                     logger.experiment.log({"data/rates": histogram, "trainer/global_step": trainer.global_step})
             rates.clear()  # the next histogram shows how far the curriculum has come since
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "gather"):
+            data.gather()
+            self.log_causes(trainer, data)
+
+    def log_causes(self, trainer: L.Trainer, data: Any) -> None:
+        total = data.skipped.total()
+        if total == self.told or not trainer.is_global_zero:
+            return
+        self.told = total
+        log.warning("%d samples could not be read so far. %s.", total, data.worst())
+        causes = {f"data/skipped/{cause}": float(n) for cause, n in data.skipped.most_common(self.CAUSES)}
+        for logger in trainer.loggers:
+            logger.log_metrics(causes, trainer.global_step)

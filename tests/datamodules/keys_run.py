@@ -24,7 +24,8 @@ class Keys(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         with (self.folder / f"keys_{self.global_rank}.txt").open("a") as file:
             file.write(f"{self.global_step} {' '.join(batch['key'])}\n")
-        return self.layer(batch["image"].float().mean().view(1, 1)).sum()
+        pixels = batch["image"] if "image" in batch else batch["video"]
+        return self.layer(pixels.float().mean().view(1, 1)).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 1e-3)

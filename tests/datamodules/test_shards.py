@@ -1,5 +1,6 @@
 """The order of samples is pure, complete and split exactly; what cannot be loaded is replaced and counted."""
 
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import Curriculum, ImageTextDataModule, VideoDataModule
+from datamodules import Curriculum, ImageTextDataModule, VideoDataModule, image_text, shards
 from datamodules.shards import Collate, Mixture, Order, Positions, Stream, permutation
 from datamodules.tars import expand, index, scan
 
@@ -252,6 +253,19 @@ def test_a_run_does_not_start_where_most_samples_listed_are_lost(tmp_path: Path,
         (tmp_path / "clips" / f"{i}.tar").write_bytes(b"no tar")
     with pytest.raises(ValueError, match="2 of 3 shards .*not an uncompressed tar"):
         VideoDataModule(tmp_path / "clips", 2, 2, 8, curriculum=Curriculum(1)).setup()
+
+
+def test_a_worker_that_hangs_ends_the_run_and_names_the_file(
+    tmp_path: Path, make_shard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shard(tmp_path / "0.tar", 20, broken={7: {"jpg": b"hang"}})
+    decode = image_text.decode
+    monkeypatch.setattr(image_text, "decode", lambda data, n: time.sleep(60) if data == b"hang" else decode(data, n))
+    monkeypatch.setattr(shards, "TIMEOUT", 3)
+    data = ImageTextDataModule(str(tmp_path), 2, 8, workers=2)
+    with pytest.raises(RuntimeError, match="no batch for .* they were reading [^,]*0.tar:000000007. A decoder"):
+        for _ in islice(data.train_dataloader(), 10):
+            pass
 
 
 def keys(data: ImageTextDataModule) -> list[str]:

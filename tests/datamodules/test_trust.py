@@ -1,6 +1,8 @@
 """Real processes: killed and resumed on the same and on other numbers of ranks and workers; ranks never hang."""
 
+import csv
 import json
+import logging
 import os
 import signal
 import socket
@@ -9,11 +11,18 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from datamodules import Curriculum, VideoDataModule
+from datamodules import Curriculum, ImageTextDataModule, VideoDataModule
+from lightning_modules.callbacks import DataCounts
+
+from .keys_run import Keys
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("keys_run.py")
@@ -138,13 +147,80 @@ def test_memory_is_flat(tmp_path: Path, make_video: Any) -> None:
     for i in range(8):
         make_video(tmp_path / "clips" / f"{i}.mp4", list(range(0, 48)), size=(64, 48))
     data = VideoDataModule(str(tmp_path / "clips"), 20, 8, 32, curriculum=Curriculum(steps=100), workers=2)
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = iter(loader)
     total, sizes = int(os.environ.get("CLIPS", 4000)), {}
     for step in range(1, total // 20 + 1):
         data.on_before_batch_transfer(next(batches), 0)
         if step in (50, total // 20):
-            pids = ["self", *(worker.pid for worker in batches._workers)]
+            pids = ["self", *(worker.pid for worker in loader.loader._iterator._workers)]
             sizes[step] = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     assert not data.skipped
     print(sizes)
     assert sizes[total // 20] < 1.05 * sizes[50], sizes
+
+
+def counted(folder: Path) -> dict[int, dict[str, float]]:
+    """The counts of failures that a run logged, by step."""
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    found = [(int(row["step"]), {k: float(v) for k, v in row.items() if "data/skipped/" in k and v}) for row in rows]
+    return {step: counts for step, counts in found if counts}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_failures_are_logged_by_cause_and_counted_on_after_a_resume(
+    tmp_path: Path, make_shard: Any, caplog: pytest.LogCaptureFixture, accumulate: int
+) -> None:
+    make_shard(tmp_path / "a.tar", 20, broken={3: {"jpg": b"no"}, 4: {"jpg": b"no"}, 5: {"json": b"[1]"}})
+    (tmp_path / "b.tar").write_bytes(b"")
+
+    def run(steps: int, version: str) -> dict[int, dict[str, float]]:
+        logger = CSVLogger(tmp_path, version=version)
+        saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+        last = tmp_path / "last.ckpt"
+        options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = L.Trainer(max_steps=steps, max_epochs=-1, logger=logger, callbacks=[DataCounts(5), saver], devices=1,
+                            accumulate_grad_batches=accumulate, use_distributed_sampler=False, **options)  # fmt: skip
+        data = ImageTextDataModule(str(tmp_path), 20 // accumulate, 8)
+        trainer.fit(Keys(tmp_path), datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        return counted(tmp_path / "lightning_logs" / version)
+
+    image, meta, shard = (
+        "the image cannot be decoded (UnidentifiedImageError)",
+        "the json is not an object",
+        "the shard is empty",
+    )
+    for steps, version in ((12, "first"), (20, "second")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            logged = run(steps, version)
+        expected = {step: {image: 2.0 * step, meta: 1.0 * step, shard: 1.0} for step in range(5, 21, 5)}
+        expected[12] = {image: 24.0, meta: 12.0, shard: 1.0}
+        expected = {n: v for n, v in expected.items() if n in ((5, 10, 12) if version == "first" else (15, 20))}
+        assert logged == {n: {f"data/skipped/{cause}": v for cause, v in c.items()} for n, c in expected.items()}
+        assert f"{sum(expected[steps].values()):.0f} samples could not be read so far. " in caplog.text
+        assert f"{expected[steps][image]:.0f} times: {image} (as in {tmp_path}/a.tar:00000000" in caplog.text
+
+
+def test_the_histogram_of_rates_has_every_clip_once(tmp_path: Path, make_webvid: Any) -> None:
+    shown: list[tuple[int, int]] = []
+
+    class Board(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        @property
+        def experiment(self) -> Any:
+            return SimpleNamespace(
+                log=lambda m: shown.append((m["trainer/global_step"], sum(m["data/rates"].histogram)))
+            )
+
+        save_dir = name = version = None
+        log_metrics = log_hyperparams = log_graph = save = finalize = lambda self, *values, **named: None
+
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=9, max_epochs=-1, logger=Board(), callbacks=[DataCounts(3)], devices=1,
+                        enable_checkpointing=False, accumulate_grad_batches=4, **options)  # fmt: skip
+    data = VideoDataModule(make_webvid(tmp_path, 2), 2, 2, 8, curriculum=Curriculum(steps=3))
+    trainer.fit(Keys(tmp_path), datamodule=data)
+    assert shown == [(3, 24), (6, 24), (9, 24)]
