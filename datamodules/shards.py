@@ -502,8 +502,8 @@ class StreamDataModule(LightningDataModule):
 
     def worst(self) -> str:
         """The most common causes of failures so far, each with an example."""
-        causes = self.skipped.most_common(3)
-        return "; ".join(f"{n} times: {c}" + f" (as in {self._examples[c]})" * (c in self._examples) for c, n in causes)
+        causes = [(n, cause, self._examples.get(cause)) for cause, n in self.skipped.most_common(3)]
+        return "; ".join(f"{n} times: {cause}" + (f" (as in {name})" if name else "") for n, cause, name in causes)
 
     def preview(self, n: int) -> Batch:
         """The first `n` samples that load, in the order of the files and always drawn alike: for grids."""
