@@ -220,8 +220,8 @@ class ImageTextDataModule(StreamDataModule):
     seed: of order, crops and captions. workers: processes that decode; 0 decodes in this one. random_caption: draw the
     caption from the main and the alternative ones, else always the main one. clip: name of the CLIP whose embeddings
     come with each sample (`make embed`), or ""; then the caption is the main one, and resolution 0 leaves the pictures
-    out. filters: on metadata. text: false leaves captions unread and batches without "text". max_skipped, window: as in
-    `StreamDataModule`. Raises FileNotFoundError and ValueError as `open_pairs`.
+    out. filters: on metadata. text: false leaves captions unread and batches without "text". max_skipped, window,
+    changed: as in `StreamDataModule`, with its errors. Raises FileNotFoundError and ValueError as `open_pairs`, too.
     """
 
     def __init__(
@@ -239,8 +239,9 @@ class ImageTextDataModule(StreamDataModule):
         max_skipped: float = 0.5,
         window: int = 0,
         text: bool = True,
+        changed: bool = False,
     ) -> None:
-        super().__init__(batch_size, seed, workers, max_skipped, window)
+        super().__init__(batch_size, seed, workers, max_skipped, window, changed)
         if resolution or not clip:
             check_sizes(resolution, crop)
         shards = [shards] if isinstance(shards, str) else list(shards)
@@ -261,8 +262,9 @@ class ImageTextDataModule(StreamDataModule):
             pairs, report = open_pairs(
                 expand(group), self.resolution, self.crop, self.random_caption, self.clip, self.filters
             )
+            used = {entry.shard for entry in pairs.entries}
+            self.note_opening(report.problems, used, len(pairs) + report.filtered.total())
             self._pairs.append(replace(pairs, text=self.text))
-            self.note(report.problems)
             self.filtered += report.filtered
         if self.filtered:
             log.info("Filters took %s, %d samples are left.", dict(self.filtered), sum(map(len, self._pairs)))

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 4
 DAY = 86400.0  # seconds
 STALL = 60.0  # seconds without a byte after which a server is given up
+FORGET = 1800.0  # seconds for which an address that could not be had is not asked for again
+STARTED = time.time()  # what failed in an earlier run is asked for again
 
 
 def is_remote(address: str) -> bool:
@@ -33,7 +35,8 @@ def is_remote(address: str) -> bool:
 def local(address: str) -> str:
     """The path of a file on this machine; a remote one is fetched if it is not here yet.
 
-    Raises FileNotFoundError where the server has no such file, ValueError where it cannot be had after retries.
+    Raises FileNotFoundError where the server has no such file, ValueError where it cannot be had after retries, and
+    for `FORGET` seconds after that at once, in all workers and ranks that share the folder.
     """
     if not is_remote(address):
         return address
@@ -43,6 +46,8 @@ def local(address: str) -> str:
     except FileNotFoundError:
         with FileLock(f"{path}.lock"):  # workers of all ranks want the same shard at the same time
             if not path.exists():
+                if cause := given_up(path):
+                    raise ValueError(cause) from None
                 make_room(path.parent)
                 fetch(address, path)
     return str(path)
@@ -63,7 +68,22 @@ def fetch(address: str, path: Path) -> None:
             cause = type(error).__name__
             log.warning("Could not fetch %s (%s: %s), attempt %d.", address, cause, error, attempt + 1)
             time.sleep(2.0**attempt if attempt < ATTEMPTS - 1 else 0)
-    raise ValueError(f"the shard could not be fetched in {ATTEMPTS} attempts ({cause})")
+    cause = f"the shard could not be fetched in {ATTEMPTS} attempts ({cause})"
+    marker(path).write_text(cause)
+    raise ValueError(cause)
+
+
+def given_up(path: Path) -> str:
+    """Why a file was given up in this run a short while ago; "" if it was not."""
+    try:
+        recent = marker(path).stat().st_mtime > max(STARTED, time.time() - FORGET)
+        return marker(path).read_text() if recent else ""
+    except FileNotFoundError:
+        return ""
+
+
+def marker(path: Path) -> Path:
+    return path.with_name(path.name + ".failed")
 
 
 def exists(address: str) -> bool:

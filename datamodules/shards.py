@@ -5,6 +5,7 @@ training, over all epochs and all ranks. Prefetching, workers and ranks cannot c
 "samples consumed" in a checkpoint is enough to resume exactly, on any number of ranks or workers.
 """
 
+import hashlib
 import logging
 import math
 import signal
@@ -26,7 +27,10 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 AHEAD = 2  # batches that each worker reads ahead
-ORDER, DRAWS = 0, 1  # separate random streams of one seed: the order of samples, and what is drawn for one
+TIMEOUT = 1800  # seconds without a batch after which a worker hangs; a shard may have to be fetched first
+NEAR = 8  # samples of which one may take the place of one that is corrupt, before others are looked for far away
+# Separate random streams of one seed: the order of samples, what is drawn for one, and where others are looked for.
+ORDER, DRAWS, FAR = 0, 1, 2
 
 
 @lru_cache(maxsize=8)  # positions rise, so at most two epochs of a source are in use at a time
@@ -154,47 +158,68 @@ class Source(Protocol):
 
 
 class Stream(Dataset[Sample]):
-    """The endless shuffled stream of sources: position -> sample, with failures noted under "skipped".
+    """The endless shuffled stream of sources: position -> sample, with its failure noted under "skipped".
 
-    A sample that fails to load is replaced by the one at the next position, so that batches keep their
-    shape. Raises RuntimeError, with causes and examples, when `patience` samples in a row fail.
+    A sample that fails to load is replaced, so that batches keep their shape: by the next that loads of the `NEAR`
+    that follow, and where these fail too (a shard is lost) by one from elsewhere in the epoch. Noted is the failure at
+    the position itself alone: each sample has a position in each epoch, so what is corrupt counts once.
+    Raises RuntimeError, with causes and examples, when so many fail in a row that more than the share `max_skipped`
+    must be corrupt.
     """
 
     def __init__(
         self,
         sources: Source | Sequence[Source],
         seed: int,
-        patience: int = 32,
+        max_skipped: float = 0.5,
         weights: Sequence[float] = (1.0,),
         window: int = 0,
+        workers: int = 0,
     ) -> None:
         self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
-        self.seed, self.patience = seed, patience
+        self.seed = seed
+        # The places far away are random: at the share allowed, all are corrupt once in 10^12 times.
+        self.patience = NEAR + math.ceil(-12 / math.log10(min(max(max_skipped, 0.5), 0.999)))
         self.mixture = Mixture(seed, weights)
         self.orders = [Order(seed, getattr(source, "sizes", [len(source)]), window) for source in self.sources]
+        self.reading = torch.full((workers, 2), -1).share_memory_()  # what each worker is at: (position, attempt)
 
-    def locate(self, position: int) -> tuple[Source, int]:
-        """The source of the sample at `position`, and its index there."""
-        source, within = self.mixture(position)
-        return self.sources[source], self.orders[source](within)
+    def locate(self, position: int, attempt: int = 0) -> tuple[Source, int]:
+        """The source of the sample at `position`, or of the one tried after `attempt` others, and its index there."""
+        source, within = self.mixture(position + attempt)
+        order = self.orders[source]
+        if attempt >= NEAR:
+            # The same distance for a whole epoch: the neighbours of a lost shard move to another one together.
+            epoch, offset = divmod(within, order.n)
+            distance = int(np.random.default_rng((self.seed, FAR, epoch, attempt)).integers(order.n))
+            within = epoch * order.n + (offset + distance) % order.n
+        return self.sources[source], order(within)
 
     def __getitem__(self, position: int) -> Sample:
-        skipped: list[tuple[str, str]] = []
+        failures: list[tuple[str, str]] = []
         for attempt in range(self.patience):
-            source, index = self.locate(position + attempt)
+            self.at(position, attempt)
+            source, index = self.locate(position, attempt)
             rng = np.random.default_rng((self.seed, DRAWS, position))
             seed = int(rng.integers(2**63))  # of what training draws for the sample: its noise, on whichever rank it is
             try:
-                return {**source.load(index, position, rng), "seed": seed, "skipped": skipped}
+                sample = {**source.load(index, position, rng), "seed": seed, "skipped": failures[:1]}
+                self.at(-1)
+                return sample
             except Exception as error:  # decoders raise every kind of error; none of them may end a run
-                skipped.append((source.name(index), describe(error)))
-        common = Counter(cause for _, cause in skipped).most_common(3)
+                failures.append((source.name(index), describe(error)))
+        common = Counter(cause for _, cause in failures).most_common(3)
         causes = "; ".join(f"{n} times: {cause}" for cause, n in common)
-        examples = ", ".join(name for name, _ in skipped[:3])
+        examples = ", ".join(name for name, _ in failures[:3])
         raise RuntimeError(
             f"{self.patience} samples in a row could not be loaded ({causes}), for example {examples}; "
             "check these files and that the data is of the kind this stage expects."
         )
+
+    def at(self, position: int, attempt: int = 0) -> None:
+        worker = get_worker_info()
+        if worker is not None and len(self.reading):
+            self.reading.numpy()[worker.id] = position, attempt
 
 
 def describe(error: Exception) -> str:
@@ -204,6 +229,19 @@ def describe(error: Exception) -> str:
     if type(error) is ValueError:  # ours: already a sentence for people
         return str(error)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:200]
+
+
+def digest(sources: Sequence[Source], settings: Any) -> str:
+    """One value for all that decides the order: the keys of samples, the sizes of shards, and settings.
+
+    Folders are not part of it: data may be moved.
+    """
+    value = hashlib.sha256(repr(settings).encode())
+    for source in sources:
+        value.update(repr(getattr(source, "sizes", len(source))).encode())
+        for index in range(len(source)):
+            value.update(source.name(index).rpartition(":")[2].encode(errors="replace") + b"\n")
+    return value.hexdigest()[:32]
 
 
 class Collate:
@@ -283,7 +321,25 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         assert isinstance(self.loader.collate_fn, Collate)
-        return map(self.loader.collate_fn.receive, self.loader)
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise RuntimeError(self.stuck()) from None
+            yield self.loader.collate_fn.receive(batch)
+
+    def stuck(self) -> str:
+        """Which files the workers are at when no batch comes: a decoder in a loop cannot be stopped from within."""
+        streams = getattr(self.loader.dataset, "streams", [self.loader.dataset])
+        found = [stream.locate(*place) for stream in streams for place in stream.reading.tolist() if place[0] >= 0]
+        names = ", ".join(source.name(index) for source, index in found)
+        return (
+            f"The data workers gave no batch for {TIMEOUT / 60:.0f} minutes; they were reading {names}. A decoder, or "
+            "the disk, hangs there: take such a file out of the list; data.changed=true goes on without it."
+        )
 
     @property
     def _iterator(self) -> Any:
@@ -300,28 +356,41 @@ class StreamDataModule(LightningDataModule):
     """What the data modules share: a stream's loader, its place in a checkpoint, the count of failures.
 
     A subclass gives `source()` and `preview_source()`, or `sources()` and their `weights`. The checkpoint holds
-    {"consumed": samples trained on, over all ranks}; batches that were only fetched ahead do not count.
+    {"consumed": samples trained on, over all ranks; "order": a digest of what decides the order of samples;
+    "skipped": failures by cause}; batches that were only fetched ahead do not count. Another order than in the
+    checkpoint, or on another rank, is refused.
 
-    max_skipped: the share of samples that may be unreadable before the run stops and says why; judged after the
-    first 1,000. window: shards whose samples are shuffled together, 0 = all.
+    max_skipped: the share of samples that may be unreadable before the run stops and says why, of those listed when
+    the data are opened, and of those trained on, judged after the first 1,000. window: shards whose samples are
+    shuffled together, 0 = all. changed: go on from a checkpoint in another order than it was written in.
     """
 
     weights: Sequence[float] = (1.0,)
 
-    def __init__(self, batch_size: int, seed: int, workers: int, max_skipped: float = 0.5, window: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        max_skipped: float = 0.5,
+        window: int = 0,
+        changed: bool = False,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"The batch size is {batch_size}; give a whole number of at least 1.")
         if seed < 0 or workers < 0:
             raise ValueError(f"Seed {seed} and workers {workers} must not be negative; give 0 or more.")
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.max_skipped, self.window = max_skipped, window
-        self.skipped: Counter[str] = Counter()
+        self.max_skipped, self.window, self.changed = max_skipped, window, changed
+        self.skipped: Counter[str] = Counter()  # failures by cause: of opening, of this rank; after `gather` of all
         self.filtered: Counter[str] = Counter()  # samples that a filter took, by filter
+        self._opening: Counter[str] = Counter()  # those of opening and previews, which every rank and run meets anew
         self._seen, self._failed, self._examples = 0, 0, dict[str, str]()
         self._start = 0  # samples consumed when counting began
         self._progress: Any = None  # Lightning's count of batches, from when counting began
         self._processed = 0  # what it stood at then
+        self._order = ""  # digest of the order that training follows, or that the checkpoint was written in
 
     def source(self) -> Source:
         raise NotImplementedError
@@ -352,6 +421,7 @@ class StreamDataModule(LightningDataModule):
             self._start = self.consumed
             self._progress = self.trainer.fit_loop.epoch_loop.batch_progress
             self._processed = self._progress.total.processed
+        self.check_order(self.sources())
         loader: DataLoader[Sample] = DataLoader(
             self.dataset(),
             batch_sampler=self.batches(self.trainer.global_rank if self.trainer else 0),
@@ -360,21 +430,59 @@ class StreamDataModule(LightningDataModule):
             prefetch_factor=AHEAD if self.workers else None,
             worker_init_fn=deaf,
             persistent_workers=self.workers > 0,
+            timeout=TIMEOUT if self.workers else 0,
         )
         return Batches(loader)
 
     def dataset(self) -> Dataset[Sample]:
-        return Stream(self.sources(), self.seed, weights=self.weights, window=self.window)
+        return Stream(self.sources(), self.seed, self.max_skipped, self.weights, self.window, self.workers)
 
     def batches(self, rank: int) -> Sampler[list[Any]]:
         """The positions of each batch of a rank, from where training stands."""
         return Positions(lambda: self.consumed, self.batch_size, rank, self.world)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
+    def check_order(self, sources: Sequence[Source]) -> None:
+        """Raises ValueError where the order of samples is not that of the checkpoint, or not the same on all ranks.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        Each rank opens the data for itself: where one of them, or the run that goes on, finds a shard less, all
+        positions hold other samples, and without a word some are repeated and others lost.
+        """
+        order = digest(sources, (self.seed, self.window, list(self.weights)))
+        if self.world > 1 and torch.distributed.is_initialized():
+            found: list[Any] = [None] * self.world
+            torch.distributed.all_gather_object(found, (order, sum(map(len, sources))))
+            if len(set(found)) > 1:
+                raise ValueError(
+                    f"The ranks found different samples ({', '.join(str(n) for _, n in found)} of them); the warnings "
+                    "above name what one of them could not read. Start the run again, with the same data for all."
+                )
+        if self._order not in ("", order) and not self.changed:
+            raise ValueError(
+                f"The {sum(map(len, sources))} samples found, or their order, are not those of the checkpoint: a shard "
+                "is missing or new, or data.filters, weights, window or the seed changed. Put that right, or set "
+                "data.changed=true to go on with them; the epoch then repeats some samples and loses others."
+            )
+        self._order = order
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "order": self._order, "skipped": dict(self.skipped - self._opening)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start, self._progress = int(state_dict["consumed"]), None
+        self._order = state_dict.get("order", "")
+        if not self.trainer or self.trainer.is_global_zero:  # they are of all ranks together
+            self.skipped += Counter(state_dict.get("skipped", {}))
+
+    def gather(self) -> None:
+        """Brings the counts of failures of all ranks together in the first. All ranks must call it."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            found: list[Any] = [None] * self.world
+            torch.distributed.all_gather_object(found, (self.skipped - self._opening, self._examples))
+            self.skipped = self._opening.copy()
+            if self.trainer and self.trainer.is_global_zero:
+                for skipped, examples in found:
+                    self.skipped += skipped
+                    self._examples = {**examples, **self._examples}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Takes the failures out of the batch and counts them.
@@ -385,23 +493,43 @@ class StreamDataModule(LightningDataModule):
             failures = batch.pop("skipped")
             self.note(failures)
             self._failed += len(failures)
-            self._seen += len(failures) + len(batch.get("key", ()))
+            self._seen += len(batch.get("key", ()))
             if self._seen >= 1000 and self._failed > self.max_skipped * self._seen:
-                worst = "; ".join(f"{n} times: {cause} (as in {self._examples[cause]})"
-                                  for cause, n in self.skipped.most_common(3))  # fmt: skip
                 raise RuntimeError(
                     f"{self._failed} of {self._seen} samples could not be read, more than data.max_skipped="
-                    f"{self.max_skipped} allows. {worst}."
+                    f"{self.max_skipped} allows. {self.worst()}."
                 )
         return batch
 
-    def note(self, failures: Sequence[tuple[str, str]]) -> None:
+    def note(self, failures: Sequence[tuple[str, str]], opening: bool = False) -> None:
         """Counts failures by cause, with one line in the log for a cause not seen before."""
+        self._opening.update(cause for _, cause in failures if opening)
         for name, cause in failures:
-            if cause not in self.skipped:
+            if cause not in self._examples:
                 log.warning("Skipped %s: %s. Others like it are only counted.", name, cause)
                 self._examples[cause] = name
             self.skipped[cause] += 1
+
+    def note_opening(self, problems: Sequence[tuple[str, str]], used: set[str], samples: int) -> None:
+        """Counts what was left out when the data were opened: `samples` are left, in the shards `used`.
+
+        Raises ValueError, with causes and examples, when it is more than `max_skipped` of the shards or of the samples.
+        """
+        self.note(problems, opening=True)
+        damaged = {name for name, _ in problems if name.split("?")[0].endswith(".tar")}
+        single = sum(name not in damaged for name, _ in problems)
+        shards = (len(damaged - used), len(damaged | used), "shards")  # a truncated one may still be used
+        for n, total, kind in (shards, (single, single + samples, "listed samples")):
+            if n > self.max_skipped * total:
+                raise ValueError(
+                    f"{n} of {total} {kind} could not be read, more than data.max_skipped={self.max_skipped} "
+                    f"allows. {self.worst()}."
+                )
+
+    def worst(self) -> str:
+        """The most common causes of failures so far, each with an example."""
+        causes = [(n, cause, self._examples.get(cause)) for cause, n in self.skipped.most_common(3)]
+        return "; ".join(f"{n} times: {cause}" + (f" (as in {name})" if name else "") for n, cause, name in causes)
 
     def preview(self, n: int) -> Batch:
         """The first `n` samples that load, in the order of the files and always drawn alike: for grids."""
@@ -413,7 +541,7 @@ class StreamDataModule(LightningDataModule):
             try:
                 samples.append(source.load(index, 0, np.random.default_rng((0, DRAWS, index))))
             except Exception as error:
-                self.note([(source.name(index), describe(error))])
+                self.note([(source.name(index), describe(error))], opening=True)
         if not samples:
             raise ValueError("No sample could be loaded for a preview; the warnings above name the causes.")
         return self.on_before_batch_transfer(Collate()(samples), 0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,22 @@ from datamodules.clips import Curriculum, Keep, take_clip
 from datamodules.image_text import ImageTextDataModule
 from datamodules.joint import Streams, Turns
 from datamodules.pixels import check_sizes
-from datamodules.shards import Batch, Batches, Mixture, Sample, StreamDataModule
+from datamodules.shards import Batch, Batches, Mixture, Sample, Source, StreamDataModule
 from datamodules.tars import Entry
 from datamodules.video_sources import Clip, list_clips
 
 EVERY = Keep()
+
+
+class Schedule(NamedTuple):
+    """Which training step a position belongs to: `step` began at position `consumed`."""
+
+    step: int = 0
+    consumed: int = 0
+    samples_per_step: float = 1  # over all ranks
+
+    def at(self, position: int) -> int:
+        return self.step + int((position - self.consumed) // self.samples_per_step)
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Clips:
     resolution: int
     crop: int | None
     curriculum: Curriculum
-    samples_per_step: float  # over all ranks: turns a position into a training step
+    schedule: Schedule
     keep: Keep = EVERY
     rate: float | None = None  # frames per second for all clips, in place of the curriculum's
 
@@ -57,7 +68,7 @@ class Clips:
 
     def load(self, index: int, position: int, rng: np.random.Generator) -> Sample:
         clip = self.clips[index]
-        f = self.rate or self.curriculum.draw(rng, int(position // self.samples_per_step))
+        f = self.rate or self.curriculum.draw(rng, self.schedule.at(position))
         video, spans = clip.open()
         pixels, fps = take_clip(video, f, self.frames, self.resolution, rng, self.crop, spans, self.keep)
         return {"video": pixels, "fps": torch.tensor(fps, dtype=torch.float32), "key": clip.key}
@@ -73,7 +84,7 @@ class VideoDataModule(StreamDataModule):
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
     seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
     standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
-    them. window: as there.
+    them. window, changed: as there.
     images, image_share: joint training; this share of the batches, the same on all ranks, are pictures of that module's
     shards in place of clips, {"image": uint8 (b * frames, 3, h, w), "key": list[str]}, as many as a batch has frames.
     The clips are those there would be without them, in their order; a checkpoint counts the pictures by themselves.
@@ -99,10 +110,11 @@ class VideoDataModule(StreamDataModule):
         keep: Keep = EVERY,
         max_skipped: float = 0.5,
         window: int = 0,
+        changed: bool = False,
         images: ImageTextDataModule | None = None,
         image_share: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, seed, workers, max_skipped, window)
+        super().__init__(batch_size, seed, workers, max_skipped, window, changed)
         check_sizes(resolution, crop)
         if not 0 <= image_share < 1 or (images is None) != (image_share == 0):
             raise ValueError(f"The share of pictures is {image_share}; give 0 without pictures, or less than 1.")
@@ -115,6 +127,7 @@ class VideoDataModule(StreamDataModule):
         self.curriculum, self.keep = curriculum, keep
         self.rates: Counter[int] = Counter()
         self._clips: list[Clip] = []
+        self._schedule: Schedule | None = None
         self.images, self.image_share = images, image_share
         self._turns = Mixture(seed, [1 - image_share, image_share] if images else [1.0])
         self._first_picture = 0  # pictures trained on when counting began
@@ -125,11 +138,13 @@ class VideoDataModule(StreamDataModule):
             return
         for root in self.roots:
             clips, problems = list_clips(root)
+            shards = {clip.file.shard for clip in clips if isinstance(clip.file, Entry)}
+            self.note_opening(problems, shards, len(clips))
             self._clips += clips
-            self.note(problems)
         if self.images:
             self.images.setup()
             self.skipped += self.images.skipped
+            self._opening += self.images.skipped
             self._examples = {**self.images._examples, **self._examples}
             self.filtered += self.images.filtered
 
@@ -153,9 +168,13 @@ class VideoDataModule(StreamDataModule):
         return (now - self._turns.before(self._processed)).tolist()
 
     def train_dataloader(self) -> Batches:
+        self._schedule = self.schedule
         if self.trainer and self.images:
             self._first_picture = self.pictures
         return super().train_dataloader()
+
+    def check_order(self, sources: Sequence[Source]) -> None:
+        super().check_order([*sources, *(self.images.sources() if self.images else [])])
 
     def dataset(self) -> Dataset[Sample]:
         clips = super().dataset()
@@ -170,27 +189,38 @@ class VideoDataModule(StreamDataModule):
 
         return Turns(self._turns, start, (self.batch_size, self.batch_size * self.frames), rank, self.world)
 
-    def state_dict(self) -> dict[str, int]:
-        return super().state_dict() | ({"pictures": self.pictures} if self.images else {})
+    def state_dict(self) -> dict[str, Any]:
+        pictures = {"pictures": self.pictures} if self.images else {}
+        return {**super().state_dict(), "schedule": list(self.schedule), **pictures}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._schedule = Schedule(*state_dict["schedule"]) if "schedule" in state_dict else None
         self._first_picture = int(state_dict.get("pictures", 0))
 
     def source(self) -> Clips:
         self.setup()
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        # The curriculum goes by training steps, of which those with pictures take no clips.
-        samples_per_step = self.batch_size * self.world * accumulate * (1 - self.image_share)
         return Clips(
             self._clips,
             self.frames,
             self.resolution,
             self.crop,
             self.curriculum,
-            samples_per_step,
+            self.schedule,
             self.keep,
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """As in the checkpoint while a step has as many samples; else that of the step where training stands, begun
+        here: the curriculum goes on, and does not jump, on another number of ranks or with another batch."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        # The curriculum goes by training steps, of which those with pictures take no clips.
+        samples_per_step = self.batch_size * self.world * accumulate * (1 - self.image_share)
+        before = self._schedule or Schedule(samples_per_step=samples_per_step)
+        if before.samples_per_step == samples_per_step:
+            return before
+        return Schedule(before.at(self.consumed), self.consumed, samples_per_step)
 
     def preview_source(self) -> Clips:
         """All clips at the mean rate that the curriculum ends with."""

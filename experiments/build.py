@@ -175,6 +175,7 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             keep=config.data.keep,
             max_skipped=config.data.max_skipped,
             window=config.data.window,
+            changed=config.data.changed,
             images=stills(config, part, resolution, crop, text=False) if part.image_share else None,
             image_share=part.image_share,
         )
@@ -204,6 +205,7 @@ def stills(
         max_skipped=config.data.max_skipped,
         window=config.data.window,
         text=text,
+        changed=config.data.changed,
     )
 
 

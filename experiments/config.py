@@ -131,6 +131,7 @@ class DataConfig:
     filters: FilterConfig = field(default_factory=FilterConfig)  # on the metadata of images
     window: int = 0  # shards whose samples are shuffled together, 0 = all
     max_skipped: float = 0.5  # share of samples that may be unreadable before a run stops
+    changed: bool = False  # go on from a checkpoint although the samples or their order are others since
     clips: str = ""  # videos: a folder, WebVid's CSV, tar shards of video2dataset, or HD-VILA's .jsonl
     validation: str = ""  # clips with names that no stage trains on, for the scores; none = clips of the training set
     keep: Keep = field(default_factory=Keep)  # which clips are dropped for standing still or for a cut

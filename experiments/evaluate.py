@@ -76,6 +76,7 @@ def real_clips(config: Config, like: Tensor) -> Iterator[Tensor]:
         resolution=like.shape[-1],
         curriculum=replace(config.decoder_video.curriculum, f_min=rate, f_max=rate),
         seed=config.seed,
+        max_skipped=config.data.max_skipped,
     )
     wanted = settings.samples
     for batch in data.train_dataloader():

@@ -1,6 +1,7 @@
 """What every stage's training has in common, as Lightning callbacks."""
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lightning_modules.media import strip, write_mp4, write_png
 from lightning_modules.parallel import gathered, local, split, whole
+
+log = logging.getLogger(__name__)
 
 
 class StepSeed(L.Callback):
@@ -227,20 +230,19 @@ class DataCounts(L.Callback):
 
     At the start the share of samples that the filters left (`data/kept`), and how many each took; then how many samples
     could not be read, in all (`data/skipped`) and by cause; and for clips the achieved frame rates, and to W&B their
-    histogram every `every` steps. Counts go into the checkpoint: they are of the whole run.
+    histogram. Every `every` steps the counts of all ranks are brought together, with a line in the log.
     """
 
+    CAUSES = 20  # that get a metric of their own
+
     def __init__(self, every: int):
-        self.every = every
-        self.skipped: Counter[str] = Counter()  # in all sittings
-        self.earlier: Counter[str] = Counter()  # in those before this one
+        self.every, self.told = every, 0
         self.rates: Counter[int] = Counter()  # since the last histogram
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.earlier = self.skipped - data.skipped  # what is damaged in the lists is found by every sitting
         if trainer.global_step:
             return  # the same filters have taken the same samples as when the run began
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         left, taken = sum(map(len, data.sources())), data.filtered
         values = {"data/kept": left / (left + sum(taken.values()))}
         values |= {f"data/filtered/{name}": float(n) for name, n in taken.items()}
@@ -251,9 +253,13 @@ class DataCounts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.skipped = self.earlier + data.skipped
-        pl_module.log("data/skipped", float(sum(self.skipped.values())))
-        for cause, n in self.skipped.items():
+        step, whole = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = whole and (step % self.every == 0 or step == trainer.max_steps)
+        if due:
+            data.gather()
+            self.tell(trainer, data)
+        pl_module.log("data/skipped", float(data.skipped.total()))
+        for cause, n in data.skipped.most_common(self.CAUSES):
             pl_module.log(f"data/skipped_by_cause/{as_key(cause)}", float(n))
         if not hasattr(data, "rates"):
             return
@@ -262,8 +268,7 @@ class DataCounts(L.Callback):
         pl_module.log("data/fps", batch["fps"].mean() if "fps" in batch else float("nan"))
         self.rates += data.rates
         data.rates.clear()
-        step, whole = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.rates and whole and (step % self.every == 0 or step == trainer.max_steps):
+        if self.rates and due:
             bins = np.arange(min(self.rates), max(self.rates) + 2)
             counts = np.array([self.rates[fps] for fps in bins[:-1]])
             for logger in trainer.loggers:
@@ -272,11 +277,17 @@ class DataCounts(L.Callback):
                     logger.log_metrics({"data/rates": histogram}, step)  # type: ignore[dict-item]
             self.rates.clear()  # the next histogram shows how far the curriculum has come since
 
+    def tell(self, trainer: L.Trainer, data: Any) -> None:
+        total = data.skipped.total()
+        if total != self.told and trainer.is_global_zero:
+            log.warning("%d samples could not be read so far. %s.", total, data.worst())
+        self.told = total
+
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": dict(self.skipped), "rates": dict(self.rates)}
+        return {"rates": dict(self.rates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped, self.rates = Counter(state["skipped"]), Counter(state["rates"])
+        self.rates = Counter(state["rates"])
 
 
 def as_key(cause: str) -> str:

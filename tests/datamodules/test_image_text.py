@@ -177,12 +177,12 @@ def test_an_interrupted_run_goes_on_exactly(
     whole = fit(module(), 8, callbacks=[saver], **options)
     for stop in (1, 3, 5):
         path = tmp_path / f"step={stop}.ckpt"
-        assert torch.load(path, weights_only=True)["ImageTextDataModule"] == {"consumed": stop * 3}
+        assert torch.load(path, weights_only=True)["ImageTextDataModule"]["consumed"] == stop * 3
         rest = module()
         # On the other number of workers: neither is what was fetched ahead part of the position.
         rest.workers = 2 - workers
         assert fit(rest, 8, ckpt_path=path, **options) == whole[stop:]
-        assert rest.state_dict() == {"consumed": 24}
+        assert rest.state_dict()["consumed"] == 24
 
 
 def test_a_run_can_go_on_with_other_ranks(tmp_path: Path, make_shard: Any) -> None:

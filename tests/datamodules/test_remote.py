@@ -92,12 +92,49 @@ def test_a_shard_that_cannot_be_had_is_skipped_and_counted(
 ) -> None:
     server.moods["00001.tar"] = [503] * 100
     with caplog.at_level(logging.WARNING):
-        data = ImageTextDataModule([server.address + "/{00000..00002}.tar"], 5, 16)
+        data = ImageTextDataModule([server.address + "/{00000..00002}.tar"], 5, 16, max_skipped=0.7)
         data.setup()
     assert len(data.sources()[0]) == 5
     assert sum(data.skipped.values()) == 2 and "the shard is not there" in data.skipped
     assert any("4 attempts" in cause for cause in data.skipped)
     assert not list(cache.glob("*.part"))
+
+
+@pytest.mark.parametrize("window, workers", [(0, 0), (1, 0), (1, 2)])
+@pytest.mark.parametrize("mood", [503, "stall"])
+def test_a_shard_that_dies_later_is_asked_for_once_and_the_run_goes_on(
+    server: Server, tmp_path: Path, make_shard: Any, mood: Any, window: int, workers: int
+) -> None:
+    for i in range(2):
+        write_index(str(make_shard(tmp_path / "served" / f"{i:05d}.tar", 30, first=30 * i)))
+    server.moods["00001.tar"] = [mood] * 100
+    data = ImageTextDataModule(server.address + "/{00000..00001}.tar", 6, 8, window=window, workers=workers)
+    keys = [
+        key
+        for batch in islice(iter(data.train_dataloader()), 10)
+        for key in data.on_before_batch_transfer(batch, 0)["key"]
+    ]
+    assert len(keys) == 60 and set(keys) == {f"{i:09d}" for i in range(30)}
+    ((cause, n),) = data.skipped.items()
+    assert "could not be fetched in 4 attempts" in cause and n == 30
+    assert server.requests["00001.tar"] == 4
+
+
+def test_what_failed_is_tried_again_after_a_while_and_in_a_new_run(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.address + "/00000.tar"
+    server.moods["00000.tar"] = [503] * 8
+    for asked in (4, 8):
+        for _ in range(3):
+            with pytest.raises(ValueError, match="could not be fetched in 4 attempts"):
+                remote.local(address)
+        assert server.requests["00000.tar"] == asked
+        (marker,) = cache.glob("*.failed")
+        if asked == 4:
+            os.utime(marker, (time.time() - remote.FORGET,) * 2)
+    monkeypatch.setattr(remote, "STARTED", time.time() + 1)
+    assert Path(remote.local(address)).exists()
 
 
 def test_an_index_beside_the_shard_saves_fetching_it(server: Server, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The order of samples is pure, complete and split exactly; what cannot be loaded is replaced and counted."""
 
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules import Curriculum, ImageTextDataModule, VideoDataModule, image_text, shards
 from datamodules.shards import Collate, Mixture, Order, Positions, Stream, permutation
 from datamodules.tars import expand, index, scan
+
+from .conftest import jpeg
 
 
 class Numbers:
@@ -128,8 +132,38 @@ def test_a_bad_sample_is_replaced_by_the_next_and_reported() -> None:
 
 
 def test_too_many_bad_samples_in_a_row_end_in_a_sentence() -> None:
-    with pytest.raises(RuntimeError, match=r"32 samples in a row .*the number is bad.*numbers:"):
+    with pytest.raises(RuntimeError, match=r"48 samples in a row .*the number is bad.*numbers:"):
         Stream(Numbers(5, bad=tuple(range(5))), seed=0)[0]
+
+
+class Shards(Numbers):
+    """Numbers in shards of 40."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return [40] * (self.n // 40)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_lost_shard_is_replaced_by_others_and_counts_once(window: int) -> None:
+    """A shard lost whole is no reason to stop where the share that may be corrupt is higher."""
+    lost = tuple(range(80, 120))
+    stream = Stream(Shards(400, bad=lost), seed=0, max_skipped=0.2, window=window)
+    samples = [stream[p] for p in range(400)]
+    failures = [failure for sample in samples for failure in sample["skipped"]]
+    assert sorted(failures) == sorted((f"numbers:{i}", "the number is bad") for i in lost)
+    assert {int(sample["key"]) for sample in samples} == set(range(400)) - set(lost)
+    replacements = [int(sample["key"]) for sample in samples if sample["skipped"]]
+    assert len(set(replacements)) > 25  # not one neighbour again and again
+    if window:
+        assert len({i // 40 for i in replacements}) <= 4  # a shard that is opened for one of them serves the others
+    again = Stream(Shards(400, bad=lost), seed=0, max_skipped=0.2, window=window)
+    assert [again[p]["key"] for p in reversed(range(400))] == [sample["key"] for sample in reversed(samples)]
+
+
+def test_of_two_sources_one_may_be_lost() -> None:
+    stream = Stream([Numbers(50), Numbers(50, bad=tuple(range(50)))], seed=0, weights=[1, 1])
+    assert sum(bool(stream[p]["skipped"]) for p in range(1000)) == 500
 
 
 def test_wrong_ranks_and_sizes_are_refused() -> None:
@@ -183,3 +217,83 @@ def test_a_sample_that_lacks_its_picture_is_left_out(tmp_path: Path, make_shard:
     path = str(make_shard(tmp_path / "a.tar", 2))
     with pytest.raises(ValueError, match="KEY.mp4"):
         index([path], [["mp4"]])
+
+
+@pytest.mark.parametrize("dead, stops", [(9, True), (5, False)])
+def test_a_run_does_not_start_where_most_shards_are_lost(
+    tmp_path: Path, make_shard: Any, dead: int, stops: bool
+) -> None:
+    for i in range(10):
+        make_shard(tmp_path / f"{i}.tar", 2, first=2 * i)
+    for i in range(dead):
+        (tmp_path / f"{i}.tar").write_bytes(b"")
+    data = ImageTextDataModule(str(tmp_path), 2, 8)
+    if stops:
+        with pytest.raises(ValueError, match=r"9 of 10 shards .*max_skipped=0.5.*9 times: the shard is empty .*tar"):
+            data.setup()
+        data = ImageTextDataModule(str(tmp_path), 2, 8, max_skipped=0.9)
+    data.setup()
+    assert len(data.sources()[0]) == 2 * (10 - dead) and data.skipped["the shard is empty"] == dead
+
+
+def test_a_run_does_not_start_where_most_samples_listed_are_lost(tmp_path: Path, make_v2d: Any) -> None:
+    def lost(name: str, data: Any) -> None:
+        with pytest.raises(ValueError, match=rf"3 of 5 listed samples .*data.max_skipped=0.5.*{name}"):
+            data.setup()
+
+    (tmp_path / "list.csv").write_text("filename,caption\na.jpg,x\nb.jpg,x\n1.jpg,x\n2.jpg,x\n3.jpg,x\n")
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(0, (8, 8)))
+    lost("list.csv:1.jpg", ImageTextDataModule(str(tmp_path), 2, 8))
+    (tmp_path / "clips").mkdir()
+    failed = {str(i): {"json": {"status": "failed_to_download"}} for i in range(3)}
+    make_v2d(tmp_path / "clips" / "0.tar", failed | {f"{i}": {"mp4": b"", "json": {}} for i in (3, 4)})
+    lost("video2dataset: failed_to_download", VideoDataModule(tmp_path / "clips", 2, 2, 8, curriculum=Curriculum(1)))
+    for i in (1, 2):
+        (tmp_path / "clips" / f"{i}.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match="2 of 3 shards .*not an uncompressed tar"):
+        VideoDataModule(tmp_path / "clips", 2, 2, 8, curriculum=Curriculum(1)).setup()
+
+
+def test_a_worker_that_hangs_ends_the_run_and_names_the_file(
+    tmp_path: Path, make_shard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shard(tmp_path / "0.tar", 20, broken={7: {"jpg": b"hang"}})
+    decode = image_text.decode
+    monkeypatch.setattr(image_text, "decode", lambda data, n: time.sleep(60) if data == b"hang" else decode(data, n))
+    monkeypatch.setattr(shards, "TIMEOUT", 3)
+    data = ImageTextDataModule(str(tmp_path), 2, 8, workers=2)
+    with pytest.raises(RuntimeError, match="no batch for .* they were reading [^,]*0.tar:000000007. A decoder"):
+        for _ in islice(data.train_dataloader(), 10):
+            pass
+
+
+def keys(data: ImageTextDataModule) -> list[str]:
+    return [key for batch in islice(iter(data.train_dataloader()), 2) for key in batch["key"]]
+
+
+def test_other_samples_than_in_the_checkpoint_are_refused(tmp_path: Path, make_shard: Any) -> None:
+    for folder in ("a", "moved"):
+        for i in range(2):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            make_shard(tmp_path / folder / f"{i}.tar", 10, first=10 * i)
+
+    def resume(folder: str, **options: Any) -> list[str]:
+        data = ImageTextDataModule(str(tmp_path / folder), 5, 8, **options)
+        data.load_state_dict(state)
+        return keys(data)
+
+    before = ImageTextDataModule(str(tmp_path / "a"), 5, 8)
+    first = keys(before)
+    state = {**before.state_dict(), "consumed": 10}
+    assert sorted(first + resume("moved", workers=1)) == [f"{i:09d}" for i in range(20)]
+    for options in ({"seed": 1}, {"window": 1}):
+        with pytest.raises(ValueError, match="20 samples found, or their order, are not those of the checkpoint"):
+            resume("a", **options)
+    make_shard(tmp_path / "a" / "1.tar", 10, first=11)  # as many, and others
+    with pytest.raises(ValueError, match="20 samples found"):
+        resume("a")
+    (tmp_path / "a" / "1.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="10 samples found, .*set data.changed=true"):
+        resume("a")
+    assert len(resume("a", changed=True)) == 10

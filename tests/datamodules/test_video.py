@@ -127,6 +127,28 @@ def test_rates_fall_with_the_curriculum(tmp_path: Path, make_webvid: Any) -> Non
     assert rates[0] > 14 and rates[-1] < 12
 
 
+def test_the_curriculum_goes_on_where_it_was_with_other_ranks_and_batches(tmp_path: Path, make_webvid: Any) -> None:
+    """A hundred steps on eight ranks are a hundred steps, on one rank too; and exactly the same on eight."""
+    root, curriculum = make_webvid(tmp_path, 2), Curriculum(steps=1000)
+
+    def resumed(state: Any, batch: int) -> VideoDataModule:
+        module = make(root, batch_size=batch, curriculum=curriculum)
+        if state:
+            module.load_state_dict(json.loads(json.dumps(state)))
+        module.train_dataloader()
+        return module
+
+    def after(module: VideoDataModule, consumed: int) -> dict[str, Any]:
+        return {**module.state_dict(), "consumed": consumed}
+
+    first = after(resumed(None, 32), 3216)  # within the hundredth step
+    assert [resumed(first, 32).source().schedule.at(p) for p in (3199, 3200, 3231, 3232)] == [99, 100, 100, 101]
+    second = after(resumed(first, 4), 3216 + 4 * 7)
+    assert [resumed(first, 4).source().schedule.at(p) for p in (3216, 3219, 3220, 3216 + 28)] == [100, 100, 101, 107]
+    assert [resumed(second, 4).source().schedule.at(p) for p in (3216 + 28, 3216 + 32)] == [107, 108]
+    assert [resumed(second, 16).source().schedule.at(p) for p in (3216 + 28, 3216 + 43, 3216 + 44)] == [107, 107, 108]
+
+
 def test_broken_clips_are_skipped_and_counted(tmp_path: Path, make_webvid: Any, make_video: Any) -> None:
     root = make_webvid(tmp_path, 3, extra=("half", "empty", "missing", "short"))
     whole = (root / "mp4" / "000.mp4").read_bytes()
@@ -164,7 +186,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, make_webvid: Any, fi
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = fit(make(root, workers=workers), 5, callbacks=[saver])
     path = tmp_path / "step=2.ckpt"
-    assert torch.load(path, weights_only=True)["VideoDataModule"] == {"consumed": 4}
+    assert torch.load(path, weights_only=True)["VideoDataModule"]["consumed"] == 4
     assert fit(make(root, workers=workers), 5, ckpt_path=path) == whole[2:]
 
 

@@ -1,15 +1,13 @@
 """What is logged of a training: means by noise level by hand, and where time went, against the clock."""
 
 import time
-from collections import Counter
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_modules.callbacks import DataCounts, StepSeed
+from lightning_modules.callbacks import StepSeed
 from lightning_modules.monitor import Clock, NoiseLevels, Speed, measured_tflops, peak_tflops
 from models.diffusion import Diffusion, DiffusionConfig
 
@@ -160,20 +158,3 @@ def test_peaks_are_known_by_name_and_measured_where_not(monkeypatch):
                        ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GB200", 2500)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_tflops(gpu, "bf16-mixed") == peak
-
-
-def test_counts_go_on_after_a_restart():
-    """Every sitting finds what is damaged in the lists; samples that failed in training are those of all sittings."""
-    first, second = DataCounts(every=10), DataCounts(every=10)
-    module = SimpleNamespace(log=lambda *args: logged.append(args))
-    logged = []
-    data = SimpleNamespace(sources=lambda: [[1, 2, 3]], filtered={"punsafe": 1}, skipped={}, rates={})
-    trainer = SimpleNamespace(datamodule=data, loggers=[], global_step=0, max_steps=9, accumulate_grad_batches=1)
-    for counts, found in ((first, 4), (second, 3)):
-        data.skipped = Counter({"a listed file is missing": 2})
-        counts.on_train_start(trainer, module)
-        data.skipped["the image cannot be decoded (OSError)"] += found
-        counts.on_train_batch_end(trainer, module, None, {}, 0)
-        second.load_state_dict(counts.state_dict())
-    assert ("data/skipped", 9.0) in logged and ("data/skipped", 6.0) in logged
-    assert ("data/skipped_by_cause/the_image_cannot_be_decoded_OSError", 7.0) in logged
