@@ -212,8 +212,9 @@ def metadata(entry: Entry) -> dict[str, Any]:
     """The json of a sample; {} if it has none. Raises ValueError for one that is no json object."""
     if "json" not in entry.members:
         return {}
+    data = entry.read("json")
     try:
-        meta = json.loads(entry.read("json"))
+        meta = json.loads(data)
     except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):

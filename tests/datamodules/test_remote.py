@@ -120,6 +120,24 @@ def test_a_shard_that_dies_later_is_asked_for_once_and_the_run_goes_on(
     assert server.requests["00001.tar"] == 4
 
 
+@pytest.mark.parametrize("mood", [503, "stall"])
+def test_a_shard_of_clips_that_dies_is_replaced(
+    server: Server, tmp_path: Path, make_video: Any, make_v2d: Any, mood: Any
+) -> None:
+    video = make_video(tmp_path / "a.mp4", list(range(12))).read_bytes()
+    for i in range(2):
+        samples = {f"{i}{n}": {"mp4": video, "json": {"status": "success"}} for n in range(4)}
+        write_index(str(make_v2d(tmp_path / "served" / f"{i:05d}.tar", samples)))
+    server.moods["00000.tar"], server.moods["00001.tar"] = [mood] * 2, [mood] * 100
+    root = server.address + "/{00000..00001}.tar"
+    data = VideoDataModule(root, 4, 2, 8, curriculum=Curriculum(steps=5))
+    batches = islice(iter(data.train_dataloader()), 4)
+    assert {key[0] for batch in batches for key in data.on_before_batch_transfer(batch, 0)["key"]} == {"0"}
+    ((cause, n),) = data.skipped.items()
+    assert "could not be fetched in 4 attempts" in cause and n == 8
+    assert server.requests == {"00000.tar": 3, "00001.tar": 4, "00000.index.json": 1, "00001.index.json": 1}
+
+
 def test_what_failed_is_tried_again_after_a_while_and_in_a_new_run(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

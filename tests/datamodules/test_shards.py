@@ -255,6 +255,19 @@ def test_a_run_does_not_start_where_most_samples_listed_are_lost(tmp_path: Path,
         VideoDataModule(tmp_path / "clips", 2, 2, 8, curriculum=Curriculum(1)).setup()
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_resume_does_not_decode_what_it_skips(
+    tmp_path: Path, make_shard: Any, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    for i in range(2):
+        make_shard(tmp_path / f"{i}.tar", 50, first=50 * i)
+    decode, decoded = image_text.decode, list[int]()
+    monkeypatch.setattr(image_text, "decode", lambda data, n: decoded.append(n) or decode(data, n))
+    data = ImageTextDataModule(str(tmp_path), 4, 8, window=window)
+    data.load_state_dict({"consumed": 10**7 + 60})  # deep in an epoch
+    assert len(next(iter(data.train_dataloader()))["key"]) == len(decoded) == 4
+
+
 def test_a_worker_that_hangs_ends_the_run_and_names_the_file(
     tmp_path: Path, make_shard: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
