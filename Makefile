@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name it with PYTHON=python3.12")'
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
+		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
 	fi
@@ -109,7 +109,7 @@ bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit a
 # What the benchmarks measure us against.
 $(VENV)/.bench: $(READY)
 	@if command -v uv >/dev/null; then \
-		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
+		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
 	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
 	@touch $@
 

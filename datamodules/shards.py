@@ -381,6 +381,8 @@ class StreamDataModule(LightningDataModule):
             raise ValueError(f"The batch size is {batch_size}; give a whole number of at least 1.")
         if seed < 0 or workers < 0:
             raise ValueError(f"Seed {seed} and workers {workers} must not be negative; give 0 or more.")
+        if window < 0:
+            raise ValueError(f"The window is {window} shards; give 0 for all of them, or more.")
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.max_skipped, self.window, self.changed = max_skipped, window, changed
         self.skipped: Counter[str] = Counter()  # failures by cause: of opening, of this rank; after `gather` of all

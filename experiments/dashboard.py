@@ -49,6 +49,7 @@ def panels(config: Config, stage: str) -> list[Any]:
         found += [line(f"{name}, {where}", f"{where}/{name}") for name in watch.scores_of(config, stage)]
     found += [
         line("Gradient norm", "gradient_norm", log_y=True),
+        line("Steps skipped, as a loss or gradient was not finite", "skipped_steps"),
         line("Learning rate", "learning_rate"),
         line("Samples a second", "time/samples_per_second"),
         line("TFLOP/s of a device", "time/tflops"),

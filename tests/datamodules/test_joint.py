@@ -80,9 +80,9 @@ def test_the_curriculum_goes_by_steps(make: Any) -> None:
     """Half of the steps have no clips: after ten steps rates have fallen as far as after ten clips alone."""
     module = make(0.5, batch_size=50, curriculum=Curriculum(steps=20, f_min=3, f_max=24))
     clips = module.dataset().streams[CLIPS]  # type: ignore[attr-defined]
-    assert clips.sources[0].samples_per_step == 25
+    assert clips.sources[0].schedule.samples_per_step == 25
     plain = make(0.0, batch_size=50)
-    assert plain.dataset().sources[0].samples_per_step == 50  # type: ignore[attr-defined]
+    assert plain.dataset().sources[0].schedule.samples_per_step == 50  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -93,10 +93,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, make: Any, fit: Any,
     for stop in (3, 8):
         path = tmp_path / f"step={stop}.ckpt"
         state = torch.load(path, weights_only=True)["VideoDataModule"]
-        assert state == {
-            "consumed": 2 * sum(len(keys) == 2 for keys in whole[:stop]),
-            "pictures": 8 * sum(len(keys) == 8 for keys in whole[:stop]),
-        }
+        assert state["consumed"] == 2 * sum(len(keys) == 2 for keys in whole[:stop])
+        assert state["pictures"] == 8 * sum(len(keys) == 8 for keys in whole[:stop])
         assert fit(make(0.5, workers=workers), 12, ckpt_path=path) == whole[stop:]
 
 

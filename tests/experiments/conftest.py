@@ -28,7 +28,7 @@ sr_high: {{size: 64, crop: 16, unet: {{width: 16, multiples: [1, 2]}}, trainer: 
 decoder_video: {{frames: 9, trainer: *t}}
 sr_low_video: {{frames: 4, trainer: *t}}
 sr_high_video: {{frames: 2, trainer: *t}}
-interpolation: {{frames: 6, trainer: *t}}
+interpolation: {{frames: 9, trainer: *t}}
 cascade:
   prior: {{steps: 2}}
   decoder: {{steps: 2}}

@@ -319,7 +319,8 @@ def test_joint_training_resumes_exactly_and_logs(fresh: Config, trained: Config)
     state = torch.load(build.run_folder(whole, "decoder_video") / "checkpoints" / "last.ckpt", weights_only=True)
     counts = state["VideoDataModule"]
     assert counts["consumed"] > 0 and counts["pictures"] > 0
-    assert counts["consumed"] / 2 + counts["pictures"] / 12 == 6  # batches of 2 clips, or of 2 x 6 pictures
+    pictures = 2 * whole.decoder_video.frames  # of a batch, in place of 2 clips
+    assert counts["consumed"] / 2 + counts["pictures"] / pictures == 6
 
 
 def test_joint_training_and_what_it_rules_out() -> None:
