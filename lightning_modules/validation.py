@@ -39,16 +39,20 @@ class Validation(Samples):
         fvd: FrechetVideoDistance | None,
     ):
         super().__init__(batch, folder, every, ema, seed)
-        self.where, self.clip, self.prompts, self.fvd = where, clip, prompts, fvd
+        self.where, self.prompts, self.fvd = where, prompts, fvd
+        self.clipsim = CLIPSIM(clip)
+        for metric in (self.clipsim, *([fvd] if fvd is not None else [])):
+            metric.sync_on_compute = False  # rank 0 alone scores; it would wait for the others
 
     def save(self, trainer: L.Trainer, pictures: dict[str, Tensor], step: int) -> None:
         super().save(trainer, pictures, step)
         real, made = (as_clips(pictures[kind]) for kind in ("real", "made"))
         scores = {}
         if self.prompts:
-            clipsim = CLIPSIM(self.clip).to(made.device)
-            clipsim.update(made, self.prompts)
-            scores["clipsim"] = float(clipsim.compute())
+            self.clipsim.reset()
+            self.clipsim.to(made.device)
+            self.clipsim.update(made, self.prompts)
+            scores["clipsim"] = float(self.clipsim.compute())
         if self.fvd is not None:
             self.fvd.reset()
             self.fvd.to(made.device)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import tarfile
 from collections.abc import Callable
 from fractions import Fraction
@@ -102,6 +104,10 @@ def make_timed() -> Callable[..., Path]:
                 frame.pts, frame.time_base = tick, 1 / Fraction(rate)
                 file.mux(stream.encode(frame))
             file.mux(stream.encode())
+        if (
+            sys.platform == "linux"
+        ):  # for root SVT-AV1 takes real-time priority, and all that is started later has it too
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         return path
 
     return make

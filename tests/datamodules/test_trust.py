@@ -156,13 +156,13 @@ def test_ranks_that_find_different_samples_do_not_train(tmp_path: Path, make_sha
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident size is read from /proc")
 def test_memory_is_flat(tmp_path: Path, make_video: Any) -> None:
-    """Resident size with two workers after many clips (20,000 with CLIPS=20000) and after the first 1,000."""
+    """Resident size with two workers after 20,000 clips and after the first 1,000."""
     for i in range(8):
         make_video(tmp_path / "clips" / f"{i}.mp4", list(range(0, 48)), size=(64, 48))
     data = VideoDataModule(str(tmp_path / "clips"), 20, 8, 32, curriculum=Curriculum(steps=100), workers=2)
     loader = data.train_dataloader()
     batches = iter(loader)
-    total, sizes = int(os.environ.get("CLIPS", 4000)), {}
+    total, sizes = 20_000, {}
     for step in range(1, total // 20 + 1):
         data.on_before_batch_transfer(next(batches), 0)
         if step in (50, total // 20):

@@ -184,3 +184,15 @@ def test_every_switch_at_once(fresh: Config, two: Any, tmp_path: Path) -> None:
     for key, rows in (("probe", (0, 2)), ("gradient_norm", (0, 1))):
         for row in rows:
             assert found[row][key] == pytest.approx(expected[row][key], rel=0.03) and found[row][key] > 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_of_two_processes_scores_what_both_made(fresh: Config, two: Any, tmp_path: Path, strategy: str) -> None:
+    config = recipe(fresh, "decoder_video", strategy, tmp_path, max_steps=2, validate_every=2)
+    prior = build.run_folder(config, "prior") / "weights.safetensors"
+    prior.parent.mkdir(parents=True)
+    save_file(some_weights(config, "prior"), prior)
+    assert two(config, "decoder_video")["steps"] == 2
+    with (build.run_folder(config, "decoder_video") / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["preview/clipsim"]) and float(last["preview/fvd_random"]) >= 0
