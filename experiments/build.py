@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from datamodules.image_text import ImageTextDataModule
 from datamodules.video import VideoDataModule
 from experiments.config import Config, StageConfig, SuperResolutionStage, VideoStage
+from lightning_modules import parallel
 from lightning_modules.clip import ClipModule
 from lightning_modules.decoder import DecoderModule
 from lightning_modules.interpolation import InterpolationModule
@@ -144,7 +146,7 @@ def module(config: Config, stage: str, net: nn.Module, clip: Clip | None) -> L.L
 def strategy(part: StageConfig) -> str:
     """Lightning's strategy for a stage. DDP must be told that pictures leave the temporal layers without gradients."""
     name, devices = part.trainer.strategy, part.trainer.devices
-    several = torch.cuda.device_count() > 1 if devices == "auto" else devices != "1"
+    several = parallel.nodes() > 1 or (torch.cuda.device_count() > 1 if devices == "auto" else devices != "1")
     joint = isinstance(part, VideoStage) and part.image_share > 0
     return "ddp_find_unused_parameters_true" if joint and (name == "ddp" or (name == "auto" and several)) else name
 
@@ -292,8 +294,11 @@ def precision(name: str) -> str:
 
 
 def device() -> str:
-    """The first accelerator, or the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The accelerator of this process, among those of one machine that torchrun or SLURM has started, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{rank % torch.cuda.device_count()}"
 
 
 def summary(config: Config, stage: str) -> dict[str, Any] | None:

@@ -240,7 +240,7 @@ def local_ranks(devices: str, device: str) -> int:
 
 def compared(config: Config, stage: str, batch: int) -> str:
     """A step of this stage on this machine, computed and measured."""
-    device = build.device()
+    device = build.device().split(":")[0]
     computed = step(config, stage, device).parts(batch).peak
     found = measured(config, stage, batch, device)
     return (

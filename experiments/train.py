@@ -26,7 +26,7 @@ from experiments.cli import for_people
 from experiments.config import Config, load, save
 from experiments.plan import warn
 from lightning_modules import parallel
-from lightning_modules.callbacks import EMA, ClipGradients, Probe, StepSeed
+from lightning_modules.callbacks import EMA, ClipGradients, ConfiguredRates, Probe, StepSeed
 from lightning_modules.checkpoint import Checkpoints, read
 from lightning_modules.monitor import Clock
 from lightning_modules.whole import whole
@@ -79,8 +79,8 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         max_steps=part.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=part.trainer.accumulate,
-        # a finished run has also logged what follows its last step
-        logger=watch.loggers(config, stage, done if done < part.trainer.max_steps else done + 1),
+        # the row of this step has what callbacks logged when the checkpoint was written, and is completed
+        logger=watch.loggers(config, stage, done + 1),
         profiler=clock,
         log_every_n_steps=part.trainer.log_every,
         enable_model_summary=False,
@@ -89,6 +89,7 @@ def train(config: Config, stage: str) -> dict[str, Any]:
         plugins=[saver.io],
         callbacks=[
             StepSeed(config.seed),
+            ConfiguredRates(),
             ClipGradients(part.trainer.clip_gradients, part.trainer.max_nonfinite, ema),
             ema,
             *watch.callbacks(config, stage, clip, preview, clock, ema),

@@ -144,4 +144,7 @@ def embeddings(config: Config, clip: Clip, texts: list[str]) -> torch.Tensor:
     others = (prior,) * 4  # embedding a prompt asks none of the other networks
     maker = MakeAVideo(clip, prior, *others, config=config.cascade, device=build.device())
     embedding = maker.embed(texts, list(range(len(texts)))).float().cpu()
+    del maker, prior, others
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # training needs the room
     return torch.nn.functional.normalize(embedding.clone(), dim=-1)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ class ClipGradients(L.Callback):
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
+class ConfiguredRates(L.Callback):
+    """A resumed run goes on with the rates of its config, which may have changed since its checkpoint was written."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        options: Any = pl_module.optim
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        schedule.base_lrs = [options.lr] * len(schedule.base_lrs)
+        for group, factor in zip(trainer.optimizers[0].param_groups, schedule.lr_lambdas, strict=True):
+            group |= dict(lr=options.lr * factor(schedule.last_epoch), initial_lr=options.lr, eps=options.eps)
+            group |= dict(betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+
+
 class EMA(L.Callback):
     """Exponential moving average of the parameters of `pl_module.net`.
 
@@ -161,7 +174,10 @@ class Samples(L.Callback):
         pl_module.train()
         self.ema.swap(pl_module.net)  # type: ignore[arg-type]
         if pictures and trainer.is_global_zero:
-            self.save(trainer, {k: v for k, v in pictures.items() if v.shape[1] == 3}, step)
+            try:
+                self.save(trainer, {k: v for k, v in pictures.items() if v.shape[1] == 3}, step)
+            except OSError as error:
+                warnings.warn(f"the pictures of step {step} could not be written ({error.strerror}).", stacklevel=2)
 
     def save(self, trainer: L.Trainer, pictures: dict[str, Tensor], step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,8 @@ class Checkpoints(Checkpoint):
         self.step = trainer.global_step
         stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
         if stop or self.step % self.every == 0 or self.step >= trainer.max_steps:
+            if gather := getattr(trainer.datamodule, "gather", None):  # type: ignore[attr-defined]
+                gather()  # the counts of all ranks
             self.save(trainer)
         if stop:
             self.signal = self.signal or signal.SIGTERM  # another rank's

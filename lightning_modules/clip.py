@@ -37,7 +37,9 @@ class ClipModule(L.LightningModule):
         contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=self.global_rank, world_size=world)
         return contrast(image.float(), text.float(), scale.float())
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and what belongs to it: averages and checkpoints are taken afterwards."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():  # CLIP, section 2.5: the scale of the logits stays below 100
             self.net.logit_scale.clamp_(max=4.6052)  # type: ignore[operator, union-attr]
 

@@ -140,7 +140,7 @@ class NoiseLevels(L.Callback):
         return {"sums": self.sums.clone(), "means": dict(self.means)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.means = state["sums"], dict(state["means"])
+        self.sums, self.means = state["sums"].to(self.sums.device), dict(state["means"])
 
 
 def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -16,8 +16,8 @@ clip:
     {{embedding_width: 16, image_size: 16, patch_size: 8, vision_width: 32, vision_layers: 1, text_width: 32,
       text_layers: 1, head_width: 16}}
   trainer: &t
-    {{max_steps: 4, batch_size: 2, workers: 0, log_every: 1, sample_every: 100, checkpoint_every: 2, preview: 1,
-      validate: 2, precision: 32-true}}
+    {{max_steps: 4, batch_size: 2, workers: 0, log_every: 1, sample_every: 100, checkpoint_every: 2, validate_every: 2,
+      preview: 1, validate: 2, precision: 32-true}}
 prior: {{model: {{width: 32, depth: 1, head_width: 16}}, trainer: *t}}
 decoder:
   size: 16
