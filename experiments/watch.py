@@ -37,6 +37,8 @@ def loggers(config: Config, stage: str, first_step: int) -> list[Logger]:
     online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
     os.environ.setdefault("WANDB_SILENT", "true")
     metrics = MetricsCSV(run / "metrics.csv", first_step)
+    if first_step <= trainer.max_steps:  # what a shorter run measured at its end
+        metrics.rows.get(first_step - 1, {}).pop("probe", None)
     wandb = OneCurve(
         run,
         stage,
