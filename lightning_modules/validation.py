@@ -42,7 +42,7 @@ class Validation(Samples):
         self.where, self.prompts, self.fvd = where, prompts, fvd
         self.clipsim = CLIPSIM(clip)
         for metric in (self.clipsim, *([fvd] if fvd is not None else [])):
-            metric.sync_on_compute = False  # rank 0 alone scores; it would wait for the others
+            metric.sync_on_compute = metric._to_sync = False  # rank 0 alone scores; it would wait for the others
 
     def save(self, trainer: L.Trainer, pictures: dict[str, Tensor], step: int) -> None:
         super().save(trainer, pictures, step)
