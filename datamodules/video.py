@@ -85,8 +85,8 @@ class VideoDataModule(StreamDataModule):
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
     seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
     standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
-    them. window, changed: as there. only, without: paths of lists of keys, one a line: of clips that alone are taken, and
-    of clips that are left out.
+    them. window, changed: as there. only, without: paths of lists of keys, one a line: of the clips that alone are
+    taken, and of those left out.
     images, image_share: joint training; this share of the batches, the same on all ranks, are pictures of that module's
     shards in place of clips, {"image": uint8 (b * frames, 3, h, w), "key": list[str]}, as many as a batch has frames.
     The clips are those there would be without them, in their order; a checkpoint counts the pictures by themselves.
