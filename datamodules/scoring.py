@@ -7,14 +7,13 @@ cannot be read: it is left out and counted.
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.clips import open_video, take_clip
+from datamodules.clips import take_clip
 from datamodules.pixels import square
 from datamodules.shards import AHEAD, TIMEOUT, Batch, Sample, describe
 from datamodules.video_sources import Clip
@@ -151,7 +150,8 @@ class Scored:
 
     def worst(self, kind: int) -> str:
         """The most common causes of failure of a kind, each with an example."""
-        return "; ".join(f"{n} times: {cause} (as {self.examples[cause]})" for cause, n in self.skipped[kind].most_common(3))
+        causes = self.skipped[kind].most_common(3)
+        return "; ".join(f"{n} times: {cause} (as {self.examples[cause]})" for cause, n in causes)
 
 
 def look(clips: Sequence[Clip], frames: int) -> tuple[int, float]:

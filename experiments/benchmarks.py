@@ -1,4 +1,4 @@
-"""What is scored: prompts and real clips, and the paper's two benchmarks, read from their sets as these are distributed.
+"""What is scored: prompts and real clips, and the paper's two benchmarks, read from their sets as they are distributed.
 
 UCF-101 (arXiv 2209.14792, section 4): one sentence for each class, ours and frozen in `ucf101.csv`, and as many samples
 of a class as it has a share of the training set. MSR-VTT: a sample for each caption of the test set.
@@ -6,6 +6,7 @@ of a class as it has a share of the training set. MSR-VTT: a sample for each cap
 
 import csv
 import heapq
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -54,9 +55,12 @@ def folder_task(config: Config, need_prompts: bool = True, need_clips: bool = Tr
 
 def names(root: str, template: str = "{}") -> list[str]:
     """Prompts from the names of clips in the CSV of their folder, in its order."""
-    tables = sorted(Path(root).glob("*.csv")) if Path(root).is_dir() else [p for p in [Path(root)] if p.suffix == ".csv"]
+    path = Path(root)
+    tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.suffix == ".csv" else []
     if not tables or not tables[0].is_file():
-        raise FileNotFoundError(f"there is no CSV with the clips' names in '{root}'; name prompts, evaluate.prompts=file.")
+        raise FileNotFoundError(
+            f"there is no CSV with the clips' names in '{root}': name prompts, evaluate.prompts=file."
+        )
     with tables[0].open(newline="", encoding="utf-8") as file:
         found = [row["name"] for row in csv.DictReader(file) if row.get("name")]
     if not found:
@@ -76,9 +80,10 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
-            found = [pick(row, path) for row in csv.DictReader(text.splitlines())]
+            found = [pick(row, path) for row in csv.DictReader(io.StringIO(text))]
         elif path.suffix in (".json", ".jsonl"):
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
+            lines = [line for line in text.splitlines() if line.strip()]
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
             if not isinstance(rows, list):
                 raise ValueError(f"{path} is no list of prompts: strings, or objects with the key prompt.")
             found = [row if isinstance(row, str) else pick(row, path) for row in rows]
@@ -112,7 +117,7 @@ def shares(counts: dict[str, int], n: int) -> list[str]:
 
     Each goes to the class with the largest count / (2 * taken + 1), the method of Sainte-Lague.
     """
-    queue = [(-count, place, name, 0) for place, (name, count) in enumerate(counts.items()) if count]
+    queue = [(-float(count), place, name, 0) for place, (name, count) in enumerate(counts.items()) if count]
     heapq.heapify(queue)
     chosen = []
     for _ in range(n):
@@ -160,7 +165,7 @@ def read_ucf101(root: str) -> tuple[list[Clip], dict[str, int], list[Problem]]:
     videos, lists = Path(root) / "UCF-101", Path(root) / "ucfTrainTestlist"
     for part in (videos, lists / "classInd.txt", lists / "trainlist01.txt"):
         if not part.exists():
-            raise FileNotFoundError(f"there is no {part}; evaluate.ucf101 is the folder with UCF-101 and ucfTrainTestlist.")
+            raise FileNotFoundError(f"there is no {part}: evaluate.ucf101 holds UCF-101 and ucfTrainTestlist.")
     lines = [line.split() for line in (lists / "classInd.txt").read_text().splitlines() if line.strip()]
     listed = [line.split()[0] for line in (lists / "trainlist01.txt").read_text().splitlines() if line.strip()]
     if any(len(line) != 2 for line in lines) or any(name.count("/") != 1 for name in listed):
@@ -196,7 +201,9 @@ def msrvtt(config: Config) -> Task:
     if 0 < settings.msrvtt_samples < n:
         n = settings.msrvtt_samples
         notes.append(f"the first {n:,} samples alone")
-    return Task("msrvtt", [text for _, text in captions[:n]], clips, f"MSR-VTT, {settings.msrvtt_split}", problems, notes)
+    return Task(
+        "msrvtt", [text for _, text in captions[:n]], clips, f"MSR-VTT, {settings.msrvtt_split}", problems, notes
+    )
 
 
 def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], list[Clip], list[Problem]]:
@@ -235,5 +242,5 @@ def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], 
     files = {path.stem: str(path) for path in sorted(Path(root).rglob("video*.mp4"))}
     clips = [Clip(video, files[video]) for video in order if video in files]
     if not clips:
-        raise FileNotFoundError(f"none of the {len(order)} videos of the split '{split}' is in {root}, as {order[0]}.mp4.")
+        raise FileNotFoundError(f"none of the {len(order)} videos of '{split}' is in {root}, as {order[0]}.mp4.")
     return captions, clips, [(f"{root}:{video}", "the file is missing") for video in order if video not in files]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datamodules.video_sources import Clip
 from experiments import build
 from experiments.config import Config
 from experiments.generate import make_cascade
@@ -107,6 +108,12 @@ class Turns(torch.utils.data.IterableDataset[list[int]]):
 def name(k: int) -> str:
     """The file of sample k."""
     return f"{k:06d}.mp4"
+
+
+def number_of(clip: Clip) -> int:
+    """The sample that a file holds, by its name; of another name, one that no list has."""
+    stem = Path(clip.key).stem
+    return int(stem) if stem.isdecimal() else sys.maxsize
 
 
 def missing(folder: Path, n: int, batch_size: int) -> list[list[int]]:
