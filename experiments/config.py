@@ -163,8 +163,10 @@ class EvaluateConfig:
     msrvtt_samples: int = 0  # the first so many of them, 0 = all
     i3d: str = ""  # path of the I3D weights; empty = a random network, and the number is called fvd_random
     i3d_sha256: str = ""
-    c3d: str = ""  # of the C3D weights of IS, likewise
+    c3d: str = ""  # of the C3D weights of IS, likewise, and
     c3d_sha256: str = ""
+    c3d_mean: str = ""  # of the mean cube they were trained with
+    c3d_mean_sha256: str = ""
     splits: int = 10  # of IS
     inception: str = ""  # of the Inception-v3 weights of FID, likewise
     inception_sha256: str = ""

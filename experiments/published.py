@@ -66,7 +66,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [""]
     lines += ["Computed on:", ""]
     lines += [f"- {name}: {said(score)}" for name, score in scores.items()]
-    lines += [f"- {key}: {said(result[key])}" for key in ("samples", "real", "skipped") if result.get(key)]
+    about = {key: said(result.get(key, {})) for key in ("samples", "real", "skipped")}
+    lines += [f"- {key}: {text}" for key, text in about.items() if text]
     lines += [f"- {note}" for note in notes]
     return "\n".join(lines) + "\n"
 

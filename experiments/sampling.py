@@ -9,7 +9,7 @@ lossy codec changes FVD. `manifest.json` beside them says what made them; sample
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -79,30 +79,23 @@ class Sampling(L.LightningModule):
         self.maker.on_step = None
 
     def predict_dataloader(self) -> Any:
-        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
-        bar = tqdm(mine, "generating batches", file=sys.stderr, disable=self.trainer.global_rank > 0)
-        return DataLoader(Turns(bar), batch_size=None)  # type: ignore[arg-type]
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = self.batches[rank::world]
+        self.bar = tqdm(total=len(mine), desc="generating batches", file=sys.stderr, disable=rank > 0)
+        return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]
 
-    def predict_step(self, batch: list[int], batch_idx: int) -> None:
+    def predict_step(self, batch: list[int], batch_idx: int) -> list[int]:
         assert self.maker is not None
         seeds = [self.config.seed + k for k in batch]
         clips = clips_of(self.config, self.maker, self.output, [self.prompts[k] for k in batch], seeds).cpu()
         for k, clip in zip(batch, clips, strict=True):
             if not (path := self.folder / name(k)).exists():
                 write_lossless(path, clip, rate(self.config, self.output))
+        self.bar.update()
+        return batch
 
-
-class Turns(torch.utils.data.IterableDataset[list[int]]):
-    """The numbers of the samples of each batch."""
-
-    def __init__(self, batches: Any):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    def on_predict_end(self) -> None:
+        self.bar.close()
 
 
 def name(k: int) -> str:
@@ -152,7 +145,8 @@ def made_of(config: Config, output: str) -> dict[str, str]:
             parts[f"network of {stage}"] = [asdict(shape), size, asdict(build.diffusion(config, stage).config)]
             stage = "decoder" if stage == "decoder_video" else stage
             parts[f"cascade.{stage}"] = asdict(getattr(cascade, stage))
-    parts["cascade"] = [cascade.frames, cascade.candidates, cascade.skip, cascade.window, cascade.chunk]
+    stages = ("prior", "decoder", "interpolation", "sr_low", "sr_high")
+    parts["cascade"] = {key: value for key, value in asdict(cascade).items() if key not in stages}
     parts["evaluate.output"], parts["frame rate"], parts["seed"] = output, rate(config, output), config.seed
     parts["decoder.trainer.precision"] = build.precision(config.decoder.trainer.precision)
     return {part: short(value) for part, value in parts.items()}

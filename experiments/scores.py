@@ -15,18 +15,32 @@ from datamodules.video_sources import Clip as Video
 from experiments import build
 from experiments.benchmarks import Task, some
 from experiments.config import Config
-from lightning_modules.metrics import CLIPSIM, FrechetVideoDistance
+from lightning_modules.metrics import (
+    CLIPSIM,
+    CLIPFrechetDistance,
+    FrechetInceptionDistance,
+    FrechetVideoDistance,
+    KernelVideoDistance,
+    VideoInceptionScore,
+)
 from models.clip import Clip
 
 DISTANCES = ("fvd", "kvd", "fid", "clip_fid")  # which need real clips
 
 
-def metric(config: Config, score: str) -> Any:
+def metric(config: Config, score: str, clip: Any) -> Any:
     """The metric of a score; without published weights it says so in its name."""
-    settings = config.evaluate
-    if score == "fvd":
-        return FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
-    return CLIPSIM(scoring_clip(config))
+    named = config.evaluate
+    if score in ("fvd", "kvd"):
+        kind = FrechetVideoDistance if score == "fvd" else KernelVideoDistance
+        return kind(named.i3d or None, named.i3d_sha256 or None)
+    if score == "is":
+        mean, mean_sha256 = named.c3d_mean or None, named.c3d_mean_sha256 or None
+        weights = {"mean": mean, "mean_sha256": mean_sha256}
+        return VideoInceptionScore(named.c3d or None, named.c3d_sha256 or None, named.splits, **weights)
+    if score == "fid":
+        return FrechetInceptionDistance(named.inception or None, named.inception_sha256 or None)
+    return (CLIPFrechetDistance if score == "clip_fid" else CLIPSIM)(clip)
 
 
 def scoring_clip(config: Config) -> Clip:
@@ -57,10 +71,12 @@ def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: lis
     if any(each in DISTANCES for each in scores):
         kinds.append(Shown(some(task.clips, len(made), seed), frames, side, fps, seed))
     device = torch.device(build.device())
-    metrics: dict[str, Any] = {each: metric(config, each).to(device) for each in scores}
+    clip = scoring_clip(config) if {"clip_fid", "clipsim"} & set(scores) else None
+    metrics: dict[str, Any] = {each: metric(config, each, clip).to(device) for each in scores}
     distances: dict[str, Metric] = {each: metrics[each] for each in scores if each in DISTANCES}
-    # Distances of the same features have one state, which is computed once.
-    together = MetricCollection(dict(distances)) if distances else None
+    # FVD and KVD are of the same features, which are computed once.
+    groups = [["fvd", "kvd"]] if "kvd" in scores else [[each] for each in distances]
+    together = MetricCollection(dict(distances), compute_groups=groups) if distances else None
     start = time.perf_counter()
     scored = Scored(kinds, settings.batch_size, settings.workers)
     for batch in tqdm(scored, "scoring batches", file=sys.stderr):
