@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SHORTEST_CLIP = 9  # frames: one fewer leaves a single time step, and the last pool needs two
 
@@ -52,11 +53,11 @@ class Unit(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, eps: float = 1e-3):
         super().__init__()
         self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=False)
-        self.bn = nn.BatchNorm3d(c_out, eps=eps)
+        self.bn: nn.Module = nn.BatchNorm3d(c_out, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        x = F.conv3d(x, self.conv3d.weight, None, self.conv3d.stride, padding)
+        x = F.conv3d(x, self.conv3d.weight, self.conv3d.bias, self.conv3d.stride, padding)
         return F.relu(self.bn(x), inplace=True)
 
 
@@ -137,6 +138,17 @@ class I3D(nn.Module):
         for layer in self.children():  # the layers run in the order they were defined in
             x = layer(x)
         return x.flatten(2).mean(2)
+
+
+def fold_batch_norm(net: I3D) -> I3D:
+    """The same function with each batch norm folded into its convolution, in place; no weights load afterwards.
+
+    Same numbers to rounding: a batch norm in evaluation mode is a scale and a shift of each channel.
+    """
+    for unit in net.modules():
+        if isinstance(unit, Unit) and isinstance(unit.bn, nn.BatchNorm3d):
+            unit.conv3d, unit.bn = fuse_conv_bn_eval(unit.conv3d, unit.bn), nn.Identity()
+    return net.requires_grad_(False)
 
 
 def random_i3d(seed: int = 0) -> I3D:
