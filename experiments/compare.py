@@ -1,0 +1,191 @@
+"""`python -m experiments.compare SIZE [key=value ...]`: has learning from video taught motion and kept the pictures?
+
+The decoder's clips of a size beside those of its two baselines and real ones, scored alike:
+
+real clips     as they are
+our cascade    D^t
+before video   D^t as it began, the identity in time: each frame is a picture of its own
+one still      the first of those pictures, as often as there are frames
+
+All three are of the same embeddings, P's of the names in the CSV of data.clips, and of the same seeds. Concepts are
+those trained on; those of `data.clips_without` whose stills were trained on, so that no clip of theirs was; and those
+that no stage has seen in any form (`data.filters.without`). The table goes to `<runs>/<size>/compare/` as markdown and
+JSON.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datamodules.filters import read_names
+from datamodules.scoring import Scored, Shown
+from datamodules.video_sources import Clip, list_clips
+from experiments import build
+from experiments.cli import for_people
+from experiments.config import Config, load
+from experiments.generate import make_cascade
+from experiments.scores import metric
+from lightning_modules.media import to_uint8
+from lightning_modules.metrics.motion import Motion
+from lightning_modules.whole import whole
+from models.cascade import MakeAVideo, Stage
+from models.unet import UNet
+
+OURS, BEFORE, STILL, REAL = "our cascade", "before video", "one still", "real clips"
+TRAINED, NEVER_MOVED, UNSEEN = "trained on", "still seen, never its motion", "never seen"
+
+
+def named_clips(config: Config) -> list[tuple[Clip, str]]:
+    """The clips of a WebVid folder with their names, of which training reads none."""
+    folder = Path(config.data.clips)
+    tables = sorted(folder.glob("*.csv"))
+    if not tables:
+        raise FileNotFoundError(f"there is no CSV with the clips' names in '{folder}' (data.clips).")
+    with tables[0].open(newline="", encoding="utf-8") as file:
+        names = {row["videoid"]: row.get("name", "") for row in csv.DictReader(file)}
+    clips, _ = list_clips(folder)
+    return [(clip, names[clip.key]) for clip in clips if names.get(clip.key)]
+
+
+def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
+    """Named clips by what training has seen of them; at most `evaluate.samples` of each kind, spread over the list."""
+    only = read_names(config.data.clips_only) if config.data.clips_only else None
+    no_clip = read_names(config.data.clips_without) if config.data.clips_without else frozenset()
+    no_still = frozenset[str]().union(*map(read_names, config.data.filters.without.values()))
+    found: dict[str, list[tuple[Clip, str]]] = {TRAINED: [], NEVER_MOVED: [], UNSEEN: []}
+    for clip, name in named_clips(config):
+        if only is None or clip.key in only:
+            kind = TRAINED if clip.key not in no_clip else UNSEEN if clip.key in no_still else NEVER_MOVED
+            found[kind].append((clip, name))
+    n = config.evaluate.samples
+    return {kind: some[:: max(1, len(some) // n)][:n] for kind, some in found.items() if len(some) > 1}
+
+
+def before_video(config: Config, device: torch.device) -> Stage:
+    """D^t as its training began: D's weights, and temporal layers that are the identity."""
+    net = build.network(config, "decoder_video")
+    assert isinstance(net, UNet)
+    net.load_image_weights(build.weights(config, "decoder"))
+    return Stage(
+        net.to(device).eval().requires_grad_(False), build.diffusion(config, "decoder_video"), config.decoder.size
+    )
+
+
+def made(maker: MakeAVideo, began: Stage, config: Config, names: list[str], first: int) -> dict[str, Tensor]:
+    """Clips of each kind, uint8 `b 3 f h w`, of as many prompts; sample k has the seed `seed + k`.
+
+    began: D^t as its training began.
+    """
+    seeds = [config.seed + first + i for i in range(len(names))]
+    frames, fps = config.cascade.frames, config.cascade.fps
+    embedding = maker.embed([config.evaluate.prompt.format(name) for name in names], seeds)
+    clips = {OURS: maker.decode(embedding, fps, seeds)}
+    trained, maker.decoder = maker.decoder, began
+    clips[BEFORE] = maker.decode(embedding, fps, seeds)
+    maker.decoder = trained
+    clips[STILL] = clips[BEFORE][:, :, :1].expand(-1, -1, frames, -1, -1)
+    return {
+        kind: torch.from_numpy(to_uint8(clip.transpose(0, 1))).permute(0, 4, 1, 2, 3) for kind, clip in clips.items()
+    }
+
+
+def real(config: Config, clips: list[Clip]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Batches of real clips at the decoder's rate and side, with their numbers."""
+    shown = Shown(clips, config.cascade.frames, config.decoder.size, config.cascade.fps, config.seed)
+    for batch in Scored([shown], config.evaluate.batch_size, config.evaluate.workers):
+        yield batch["video"], batch["number"]
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """The scores of each kind of clip on each kind of concept; returns what is written to the JSON file."""
+    maker = make_cascade(config)
+    maker.on_step = None
+    began = before_video(config, maker.device)
+    result: dict[str, Any] = {
+        "size": config.size,
+        "seed": config.seed,
+        "prompt": config.evaluate.prompt,
+        "concepts": {},
+    }
+    for concept, some in concepts(config).items():
+        clips, names = [clip for clip, _ in some], [name for _, name in some]
+        rows = {kind: Row(config, maker) for kind in (REAL, OURS, BEFORE, STILL)}
+        for videos, numbers in real(config, clips):
+            rows[REAL].add(videos, [config.evaluate.prompt.format(names[k]) for k in numbers])
+            for row in rows.values():
+                row.fvd.update(videos.to(maker.device), real=True)
+        size = config.evaluate.batch_size
+        for first in tqdm(range(0, len(names), size), desc=concept, file=sys.stderr):
+            part = names[first : first + size]
+            for kind, videos in made(maker, began, config, part, first).items():
+                rows[kind].add(videos, [config.evaluate.prompt.format(name) for name in part])
+        result["concepts"][concept] = {
+            "n": len(names), "names": names, "rows": {kind: row.scores(kind != REAL) for kind, row in rows.items()}
+        }  # fmt: skip
+    return result
+
+
+class Row:
+    """The metrics of one kind of clips."""
+
+    def __init__(self, config: Config, maker: MakeAVideo):
+        self.clipsim = metric(config, "clipsim", maker.clip).to(maker.device)
+        self.fvd = metric(config, "fvd", None).to(maker.device)
+        self.motion = Motion().to(maker.device)
+
+    def add(self, videos: Tensor, prompts: list[str]) -> None:
+        videos = videos.to(self.motion.device)
+        self.clipsim.update(videos, prompts)
+        self.motion.update(videos)
+        self.fvd.update(videos, real=False)
+
+    def scores(self, distance: bool) -> dict[str, Any]:
+        found = {"clipsim": float(self.clipsim.compute()), "backbone": self.clipsim.summary()["backbone"]}
+        if distance:
+            found[self.fvd.name] = float(self.fvd.compute())
+        return found | {"motion": float(self.motion.compute()), "correlation": float(self.motion.correlation())}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as one table."""
+    concepts = result["concepts"]
+    ours = next(iter(concepts.values()))["rows"][OURS]
+    distance = next(name for name in ours if name.startswith("fvd"))
+    lines = [
+        f"| concepts | clips | CLIPSIM | {distance} | motion | correlation over time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for concept, found in concepts.items():
+        for i, (kind, row) in enumerate(found["rows"].items()):
+            far = f"{row[distance]:.2f}" if distance in row else ""
+            head = f"{concept}, {found['n']}" if i == 0 else ""
+            lines.append(
+                f"| {head} | {kind} | {row['clipsim']:.3f} | {far} | {row['motion']:.2f} | {row['correlation']:+.2f} |"
+            )
+    return "\n".join(lines)
+
+
+@for_people
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise ValueError("usage: python -m experiments.compare SIZE [key=value ...]")
+    size, *overrides = arguments
+    config = load(size, overrides, section="evaluate")
+    result = compare(config)
+    folder = build.run_folder(config, "compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("compare.json", json.dumps(result, indent=2)), ("compare.md", markdown(result) + "\n")):
+        with whole(folder / name) as path:
+            path.write_text(text)
+    print(f"{markdown(result)}\n{folder / 'compare.md'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
