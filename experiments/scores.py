@@ -35,9 +35,8 @@ def metric(config: Config, score: str, clip: Any) -> Any:
         kind = FrechetVideoDistance if score == "fvd" else KernelVideoDistance
         return kind(named.i3d or None, named.i3d_sha256 or None)
     if score == "is":
-        mean, mean_sha256 = named.c3d_mean or None, named.c3d_mean_sha256 or None
-        weights = {"mean": mean, "mean_sha256": mean_sha256}
-        return VideoInceptionScore(named.c3d or None, named.c3d_sha256 or None, named.splits, **weights)
+        mean: Any = {"mean": named.c3d_mean or None, "mean_sha256": named.c3d_mean_sha256 or None}
+        return VideoInceptionScore(named.c3d or None, named.c3d_sha256 or None, splits=named.splits, **mean)
     if score == "fid":
         return FrechetInceptionDistance(named.inception or None, named.inception_sha256 or None)
     return (CLIPFrechetDistance if score == "clip_fid" else CLIPSIM)(clip)
