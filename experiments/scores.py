@@ -44,12 +44,12 @@ def metric(config: Config, score: str, clip: Any) -> Any:
 
 def scoring_clip(config: Config) -> Clip:
     """The CLIP of CLIPSIM and CLIP-FID: the cascade's own, or a pretrained one as in published numbers."""
-    named, pretrained = config.evaluate.clip, config.evaluate.clip_pretrained
+    named, pretrained = config.evaluate.clip_name, config.evaluate.clip_pretrained
     if not named:
         return build.load_clip(config)
     known = open_clip.get_model_config(named)
     if known is None:
-        raise ValueError(f"evaluate.clip: open_clip has no model '{named}'.")
+        raise ValueError(f"evaluate.clip_name: open_clip has no model '{named}'.")
     model = replace(config.clip.model, name=named, pretrained=pretrained, sha256="", embedding_width=known["embed_dim"])
     return build.load_clip(replace(config, clip=replace(config.clip, model=model)))
 
