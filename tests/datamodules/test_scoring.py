@@ -1,5 +1,6 @@
 """Clips to be scored: each once, alike on every run, and what cannot be read is told."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from datamodules.clips import open_video
 from datamodules.scoring import Scored, Shown, look
-from datamodules.video_sources import Clip, list_folder
+from datamodules.video_sources import Clip, list_clips, list_folder
 from tests.experiments.sets import frames, write, write_packed
 
 
@@ -61,6 +62,21 @@ def test_generated_clips_of_several_sizes_are_refused(folder: Path) -> None:
     assert look(clips, 16) == (48, 25.0)
     with pytest.raises(ValueError, match="none of the 1 clips can be read"):
         look([Clip("c", str(folder / "c.mp4"))], 16)
+
+
+def test_shards_of_clips_are_scored_too(folder: Path, tmp_path: Path) -> None:
+    """video2dataset's tars: a sample that it failed at has no video, and is told."""
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for key, name in (("00000000", "a.mp4"), ("00000001", "b.mp4")):
+            (tmp_path / f"{key}.json").write_text('{"status": "success"}')
+            tar.add(folder / name, f"{key}.mp4")
+            tar.add(tmp_path / f"{key}.json", f"{key}.json")
+        (tmp_path / "failed.json").write_text('{"status": "failed_to_download"}')
+        tar.add(tmp_path / "failed.json", "00000002.json")
+    clips, problems = list_clips(tmp_path)
+    assert [cause for _, cause in problems] == ["video2dataset: failed_to_download"]
+    found, scored = batches([Shown(clips, 16, 24, rate=25.0)])
+    assert scored.counts == [2] and found[0]["video"].shape == (2, 3, 16, 24, 24)
 
 
 def test_packed_b_frames_are_the_right_ones_from_any_start(tmp_path: Path) -> None:
