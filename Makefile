@@ -26,12 +26,12 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-	finetune-video train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data \
-	test golden lint clean
+	finetune-video train-interpolation generate eval-fvd eval-clipsim eval-fid eval-is eval-ucf101 eval-msrvtt report \
+	dashboard bench bench-model bench-data test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|emoji|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)
 
@@ -91,6 +91,18 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
+
+eval-fid: $(READY) ## Frechet distance of frames, by Inception-v3 and by CLIP
+	@$(RUN) -m experiments.evaluate fid $(SIZE) $(ARGS)
+
+eval-is: $(READY) ## video inception score, by C3D
+	@$(RUN) -m experiments.evaluate is $(SIZE) $(ARGS)
+
+eval-ucf101: $(READY) ## the paper's UCF-101 benchmark: FVD, KVD, IS beside published rows (ARGS="ucf101=folder ...")
+	@$(RUN) -m experiments.evaluate ucf101 $(SIZE) $(ARGS)
+
+eval-msrvtt: $(READY) ## the paper's MSR-VTT benchmark: FID, CLIP-FID, CLIPSIM beside published rows (ARGS="msrvtt=folder ...")
+	@$(RUN) -m experiments.evaluate msrvtt $(SIZE) $(ARGS)
 
 report: $(READY) ## one HTML page with curves, pictures and counts of all stages of SIZE, or of FOLDER=runs/tiny/decoder
 	@$(RUN) -m experiments.report $(or $(FOLDER),$(SIZE)) $(ARGS)

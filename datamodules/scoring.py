@@ -54,7 +54,12 @@ class Shown(Dataset[Sample]):
             pixels = square(shown, self.side or min(size)).transpose(0, 1)
             return {"video": pixels, "fps": fps, "number": number, "size": size}
         except Exception as error:  # whatever a decoder raises; it is counted and told
-            return {"failure": (clip.name, describe(error))}
+            return {"failure": (self.name(number), describe(error))}
+
+    def name(self, number: int) -> str:
+        """A clip's file, or its place in a shard, for messages."""
+        clip = self.clips[number]
+        return clip.file if isinstance(clip.file, str) else clip.name
 
 
 class Both(Dataset[Sample]):
@@ -140,7 +145,7 @@ class Scored:
             self.size = self.size or tuple(size)
             if tuple(size) != self.size:
                 raise ValueError(
-                    f"{self.kinds[kind].clips[number].name} has frames of {size[1]}x{size[0]} pixels, those before it "
+                    f"{self.kinds[kind].name(number)} has frames of {size[1]}x{size[0]} pixels, those before it "
                     f"of {self.size[1]}x{self.size[0]}; evaluate.resolution=N makes all N x N."
                 )
 

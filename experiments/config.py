@@ -173,7 +173,7 @@ class EvaluateConfig:
     splits: int = 10  # of IS
     inception: str = ""  # of the Inception-v3 weights of FID, likewise
     inception_sha256: str = ""
-    clip: str = ""  # open_clip model of CLIPSIM and CLIP-FID, as ViT-B-32; empty = the cascade's own CLIP
+    clip_name: str = ""  # open_clip model of CLIPSIM and CLIP-FID, as ViT-B-32; empty = the cascade's own CLIP
     clip_pretrained: str = ""  # its open_clip tag (downloaded), or path of a checkpoint
 
 

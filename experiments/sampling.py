@@ -189,8 +189,8 @@ def claim(config: Config, output: str, prompts: Sequence[str], folder: Path) -> 
         prompts = max(prompts, old["prompts"], key=len)
     elif next(folder.glob("*.mp4"), None):
         raise ValueError(f"{folder} holds clips and no manifest.json that says what made them; {advice}")
+    folder.mkdir(parents=True, exist_ok=True)
     if parallel.first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"digest": short(parts), "seed": config.seed, "fps": rate(config, output), "output": output}
         with whole(path) as part:
             part.write_text(json.dumps({**about, "made_of": parts, "prompts": prompts}, indent=1))

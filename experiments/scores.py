@@ -35,9 +35,8 @@ def metric(config: Config, score: str, clip: Any) -> Any:
         kind = FrechetVideoDistance if score == "fvd" else KernelVideoDistance
         return kind(named.i3d or None, named.i3d_sha256 or None)
     if score == "is":
-        mean, mean_sha256 = named.c3d_mean or None, named.c3d_mean_sha256 or None
-        weights = {"mean": mean, "mean_sha256": mean_sha256}
-        return VideoInceptionScore(named.c3d or None, named.c3d_sha256 or None, named.splits, **weights)
+        mean: Any = {"mean": named.c3d_mean or None, "mean_sha256": named.c3d_mean_sha256 or None}
+        return VideoInceptionScore(named.c3d or None, named.c3d_sha256 or None, splits=named.splits, **mean)
     if score == "fid":
         return FrechetInceptionDistance(named.inception or None, named.inception_sha256 or None)
     return (CLIPFrechetDistance if score == "clip_fid" else CLIPSIM)(clip)
@@ -45,12 +44,12 @@ def metric(config: Config, score: str, clip: Any) -> Any:
 
 def scoring_clip(config: Config) -> Clip:
     """The CLIP of CLIPSIM and CLIP-FID: the cascade's own, or a pretrained one as in published numbers."""
-    named, pretrained = config.evaluate.clip, config.evaluate.clip_pretrained
+    named, pretrained = config.evaluate.clip_name, config.evaluate.clip_pretrained
     if not named:
         return build.load_clip(config)
     known = open_clip.get_model_config(named)
     if known is None:
-        raise ValueError(f"evaluate.clip: open_clip has no model '{named}'.")
+        raise ValueError(f"evaluate.clip_name: open_clip has no model '{named}'.")
     model = replace(config.clip.model, name=named, pretrained=pretrained, sha256="", embedding_width=known["embed_dim"])
     return build.load_clip(replace(config, clip=replace(config.clip, model=model)))
 
