@@ -8,7 +8,8 @@ so that an interrupted command goes on, `curve.json` and `curve.svg`.
 import json
 import math
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from experiments.evaluate import prompts, real_clips
 from experiments.generate import make_cascade
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
-from models.cascade import MakeAVideo
 from models.sampling import PRESETS, SamplingConfig
 
 # DDIM at 250 is what the others are held to.
@@ -35,47 +35,40 @@ STYLE = (
 )
 
 
-def sampled(config: Config, maker: MakeAVideo, embeddings: Tensor, seeds: list[int]) -> Tensor:
-    """D^t's clips of these embeddings, uint8 `b 3 f h w`."""
-    parts = []
-    for start in range(0, len(seeds), config.evaluate.batch_size):
-        part = slice(start, start + config.evaluate.batch_size)
-        parts.append(maker.decode(embeddings[part], config.cascade.fps, seeds[part]).cpu())
-    return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def curve(config: Config) -> dict[str, Any]:
     """Measure what is not measured yet; returns what is written to `curve.json`."""
     folder = build.run_folder(config, "curve")
     folder.mkdir(parents=True, exist_ok=True)
-    maker, fvd = (
-        make_cascade(config),
-        FrechetVideoDistance(config.evaluate.i3d or None, config.evaluate.i3d_sha256 or None),
-    )
-    run = f"{maker.digest()}-{config.evaluate.samples}-{config.seed}"
+    settings, fps = config.evaluate, config.cascade.fps
+    maker, fvd = make_cascade(config), FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
+    run = f"{maker.digest()}-{fvd.name}-{settings.samples}-{config.seed}"
     texts = prompts(config)
     seeds = [config.seed + k for k in range(len(texts))]
+    parts = [slice(start, start + settings.batch_size) for start in range(0, len(seeds), settings.batch_size)]
     guidance = config.cascade.decoder.guidance
 
-    def kept(name: str, make: Any) -> Tensor:
+    def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
         """What a file holds, or what is then written to it."""
         path = folder / f"{name}-{run}.safetensors"
         if not path.is_file():
             with whole(path) as part:
-                save_file({"values": make().contiguous().cpu()}, part)
+                save_file({"values": make().cpu().contiguous()}, part)
         return load_file(path)["values"]
 
+    def features(part: slice) -> Tensor:
+        clips = maker.decode(embeddings[part], fps, seeds[part])
+        return fvd.features(((clips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
     embeddings = kept("embeddings", lambda: maker.embed(texts, seeds)).to(maker.device)
-    distances: dict[str, dict[int, float]] = {sampler: {} for sampler in POINTS}
-    side = maker.decoder.size
-    like = torch.empty(1, 3, config.cascade.frames, side, side)
+    like = torch.empty(1, 3, config.cascade.frames, maker.decoder.size, maker.decoder.size)
     real = kept("real", lambda: torch.cat([fvd.features(clip) for clip in real_clips(config, like)]))
+    distances: dict[str, dict[int, float]] = {sampler: {} for sampler in POINTS}
     for sampler, counts in POINTS.items():
         for steps in counts:
             maker.config.decoder = SamplingConfig(sampler, steps, guidance)
-            made = kept(f"{sampler}-{steps}-{guidance:g}",
-                        lambda: fvd.features(sampled(config, maker, embeddings, seeds)))  # fmt: skip
-            distances[sampler][steps] = float(frechet_distance(real, made))
+            name = f"{sampler}-{steps}-{guidance:g}"
+            made = [kept(f"{name}-{part.start}-{part.stop}", partial(features, part)) for part in parts]
+            distances[sampler][steps] = float(frechet_distance(real, torch.cat(made)))
             print(f"{sampler:<9} {steps:>4} steps  {fvd.name} {distances[sampler][steps]:.4f}", flush=True)
     anchor = distances["ddim"][max(POINTS["ddim"])]
     sampler, steps = PRESETS["standard"]["decoder"]
@@ -125,7 +118,7 @@ def main(arguments: list[str]) -> None:
     result = curve(config)
     standard = result["standard"]
     print(f"standard ({standard['sampler']}, {standard['steps']} steps) is at {standard['over_ddim_250']:.4f} of the "
-          f"distance of 250-step DDIM\n{Path(build.run_folder(config, 'curve')) / 'curve.svg'}")  # fmt: skip
+          f"distance of 250-step DDIM\n{build.run_folder(config, 'curve') / 'curve.svg'}")  # fmt: skip
 
 
 if __name__ == "__main__":
