@@ -109,10 +109,7 @@ def traced(config: Config, stage: str, device: str, autocast: bool) -> Row:
     """Operations and memory of a stage."""
     net = memory.empty_network(config, NETWORKS[stage])
     weights = 4 * sum(p.numel() for p in net.parameters())
-    with torch.inference_mode():
-        found = memory.trace(
-            net, lambda net: net(**call_inputs(config, stage, net)), device, autocast, backward=False
-        )  # fmt: skip
+    found = memory.trace(net, lambda net: net(**call_inputs(config, stage, net)), device, autocast, backward=False)
     alive = np.cumsum([size for _, size in found.events])
     sampling = config.cascade.sampling(stage)
     calls = sampling.steps * (2 if sampling.guidance != 1 else 1) * (chunks(config) if stage == "sr_high" else 1)
