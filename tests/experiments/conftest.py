@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from experiments import build
 from experiments.config import Config, load
 from experiments.demo import train_all
 
@@ -61,3 +63,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def fresh(tmp_path: Path) -> Config:
     """A micro cascade of which nothing is trained."""
     return micro(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro page whose stages have weights, though nobody trained them: for what films are, not what they show."""
+    folder = tmp_path_factory.mktemp("untrained")
+    config = micro(folder)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    for stage in build.wanted(config):
+        weights = build.network(config, stage).state_dict()
+        for key, value in weights.items():
+            if "conv_out" in key and value.ndim == 4:  # begins at zero
+                weights[key] = torch.randn_like(value) * 0.05
+        path = build.run_folder(config, stage)
+        path.mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in weights.items()}, path / "weights.safetensors")
+    torch.set_rng_state(state)
+    return folder / "micro.yaml"
