@@ -152,7 +152,7 @@ def strategy(part: StageConfig) -> str:
 
 
 def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTextDataModule | VideoDataModule:
-    """The data of a stage: captioned images, or clips without a word. `clip` names the embeddings to come with them."""
+    """The data of a stage; CLIP and P alone are given captions. `clip` is whose embeddings may come with them."""
     part = section(config, stage)
     if stage.startswith("sr_"):
         shape = super_resolution(config, stage)
@@ -178,7 +178,7 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             max_skipped=config.data.max_skipped,
             window=config.data.window,
             changed=config.data.changed,
-            images=stills(config, part, resolution, crop, text=False) if part.image_share else None,
+            images=stills(config, part, resolution, crop) if part.image_share else None,
             image_share=part.image_share,
             only=config.data.clips_only,
             without=config.data.clips_without,
@@ -187,11 +187,11 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
     if embedded:
         # CLIP has read the pictures already: the prior needs none, the decoder its own size.
         resolution = config.decoder.size if stage == "decoder" else 0
-    return stills(config, part, resolution, crop, clip=embedded)
+    return stills(config, part, resolution, crop, clip=embedded, text=stage in ("clip", "prior"))
 
 
 def stills(
-    config: Config, part: StageConfig, resolution: int, crop: int | None, clip: str = "", text: bool = True
+    config: Config, part: StageConfig, resolution: int, crop: int | None, clip: str = "", text: bool = False
 ) -> ImageTextDataModule:
     """The captioned images; without `text` no caption is read."""
     shards = part.shards or config.data.shards

@@ -12,6 +12,7 @@ import pytest
 import torch
 from einops import rearrange
 
+from datamodules.image_text import ImageTextDataModule
 from datamodules.video import Clips
 from experiments import build
 from experiments.config import Config, load, sizes
@@ -335,3 +336,15 @@ def test_joint_training_and_what_it_rules_out() -> None:
             == name
         )
     assert build.strategy(load("tiny", ["trainer.devices=2"], "decoder_video").decoder_video) == "auto"
+
+
+@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("stage", list(build.STAGES))
+def test_captions_reach_clip_and_the_prior_alone(size: str, stage: str) -> None:
+    """The thesis of the paper, on the data modules that training runs on: no other stage is given a caption."""
+    config = load(size, ["data.shards=[experiments/demo/pairs/00000.tar]", "data.clips=experiments/demo/clips"])
+    data = build.datamodule(config, stage)
+    pictures = data if isinstance(data, ImageTextDataModule) else data.images
+    assert pictures is None or pictures.text == (stage in ("clip", "prior"))
+    if size == "tiny":
+        assert ("text" in data.preview(2)) == (stage in ("clip", "prior"))
