@@ -1,0 +1,77 @@
+"""The cascade beside its baselines: each kind of clip is what its name says, and each concept in its place."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import build, compare
+from experiments.config import Config, load
+from experiments.generate import make_cascade
+
+
+@pytest.fixture
+def listed(trained: Config, tmp_path: Path) -> Config:
+    """The trained cascade, as if six clips had been trained on, four held out, and two of their stills too."""
+    with (Path(trained.data.clips) / "clips.csv").open() as file:
+        keys = [row["videoid"] for row in csv.DictReader(file)][:10]
+    for name, some in (("only", keys), ("clips", keys[6:]), ("stills", keys[8:])):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{key}  # of the demo\n" for key in some))
+    filters = replace(trained.data.filters, without={"hexcode": str(tmp_path / "stills.txt")})
+    data = replace(
+        trained.data,
+        clips_only=str(tmp_path / "only.txt"),
+        clips_without=str(tmp_path / "clips.txt"),
+        filters=filters,
+    )
+    return replace(trained, data=data, evaluate=replace(trained.evaluate, samples=4, batch_size=2, workers=0))
+
+
+def test_concepts_stand_by_what_was_seen_of_them(listed: Config) -> None:
+    found = {kind: [clip.key for clip, _ in some] for kind, some in compare.concepts(listed).items()}
+    keys = (Path(listed.data.clips_only)).read_text().split("  # of the demo\n")[:-1]
+    assert found[compare.TRAINED] == keys[:4]  # the first of six that stand one apart
+    assert found[compare.NEVER_MOVED] == keys[6:8] and found[compare.UNSEEN] == keys[8:]
+    everything = compare.concepts(replace(listed, data=replace(listed.data, clips_only="", clips_without="")))
+    assert list(everything) == [compare.TRAINED]
+
+
+@torch.no_grad()
+def test_before_video_frames_are_pictures_and_one_still_is_the_first(listed: Config) -> None:
+    maker = make_cascade(listed)
+    maker.on_step = None
+    began = compare.before_video(listed, maker.device)
+    trained = maker.decoder
+    clips = compare.made(maker, began, listed, ["tiger", "octopus"], first=0)
+    assert maker.decoder is trained
+    before, still = clips[compare.BEFORE], clips[compare.STILL]
+    assert clips[compare.OURS].shape == before.shape == still.shape and before.dtype == torch.uint8
+    assert torch.equal(still, before[:, :, :1].expand_as(before))
+    # The identity in time: other frames leave the first as it is.
+    embedding = maker.embed([listed.evaluate.prompt.format("tiger")], [listed.seed])
+    x, t = torch.randn(1, 3, 4, 16, 16), torch.tensor([500])
+    other = torch.cat((x[:, :, :1], torch.randn(1, 3, 3, 16, 16)), dim=2)
+    whole, changed = (began.net(z, t, embedding=embedding, fps=torch.tensor([5.0])) for z in (x, other))
+    assert torch.equal(whole[:, :, 0], changed[:, :, 0])
+
+
+def test_the_command_writes_its_table(listed: Config, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = listed.data
+    compare.main([str(page), "samples=2", "batch_size=2", "workers=0", f"data.clips_only={data.clips_only}",
+                  f"data.clips_without={data.clips_without}",
+                  f"data.filters.without.hexcode={data.filters.without['hexcode']}"])  # fmt: skip
+    folder = build.run_folder(load(str(page)), "compare")
+    result = json.loads((folder / "compare.json").read_text())
+    assert list(result["concepts"]) == [compare.TRAINED, compare.NEVER_MOVED, compare.UNSEEN]
+    for concept in result["concepts"].values():
+        rows = concept["rows"]
+        assert list(rows) == [compare.REAL, compare.OURS, compare.BEFORE, compare.STILL]
+        assert "fvd_random" not in rows[compare.REAL] and all("fvd_random" in rows[kind] for kind in list(rows)[1:])
+        assert rows[compare.STILL]["motion"] == 0 and rows[compare.REAL]["motion"] > 0
+        assert rows[compare.BEFORE]["correlation"] < 0  # frames that know nothing of each other
+    table = (folder / "compare.md").read_text()
+    assert table in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 3 * 4
