@@ -8,6 +8,7 @@ lossy codec changes FVD. `manifest.json` beside them says what made them; sample
 
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -93,6 +94,10 @@ class Sampling(L.LightningModule):
                 write_lossless(path, clip, rate(self.config, self.output))
         self.bar.update()
         return batch
+
+    def on_predict_start(self) -> None:
+        # Lightning would go on to the end. Files are whole or not there, so nothing is to be finished first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_predict_end(self) -> None:
         self.bar.close()
