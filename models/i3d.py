@@ -38,8 +38,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Returns x and the symmetric padding (f, h, w) still to apply; lopsided padding is done here.
 
-    Leaving symmetric padding to the layer saves a copy of x. A max-pool then pads with -inf instead of zero,
-    which is the same after a ReLU: every window holds at least one value that is not negative.
+    Leaving symmetric padding to the layer saves a copy of x.
     """
     pads = [same_padding(n, k, s) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
     if all(front == behind for front, behind in pads):
@@ -62,15 +61,20 @@ class Unit(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """SAME max-pool of values that are not negative."""
+    """SAME max-pool of values that are not negative.
+
+    The layer pads in front as much as behind, with -inf instead of zero: the same after a ReLU, as every window holds
+    a value that is not negative. Where SAME pads one more behind, `ceil_mode` does, without a copy of x.
+    """
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_same(x, self.kernel, self.stride)
-        return F.max_pool3d(x, self.kernel, self.stride, padding)
+        axes = zip(x.shape[2:], self.kernel, self.stride, strict=True)
+        front = [same_padding(n, kernel, stride)[0] for n, kernel, stride in axes]
+        return F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True)
 
 
 class Mixed(nn.Module):

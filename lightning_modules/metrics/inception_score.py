@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def arrays(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: torch.from_numpy(np.asarray(file[key], dtype=np.float32)) for key in file.files}
-    except (ValueError, OSError, EOFError, AttributeError) as error:
+    except (ValueError, OSError, EOFError, AttributeError, BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file of arrays; it may be cut short.") from error
 
 

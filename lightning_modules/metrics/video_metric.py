@@ -79,7 +79,8 @@ class VideoMetric(Metric):
 
     def rows(self, name: str) -> Tensor:
         """All rows (n, width) so far."""
-        return dim_zero_cat(getattr(self, name) or [torch.empty(0, self.widths[name], device=self.device)])
+        state = getattr(self, name)  # a list of tensors, and one tensor where ranks are gathered
+        return dim_zero_cat(state) if len(state) else torch.empty(0, self.widths[name], device=self.device)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         for name in self.widths:  # a rank without clips must gather rows too, of the same width as the others'

@@ -58,7 +58,7 @@ def load_dict(path: Path) -> dict[str, Any]:
     """A dictionary that torch saved, read without running code; ValueError for any other file."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a weight file that PyTorch can read safely; it may be cut short.") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a plain dictionary of weights.")

@@ -340,9 +340,7 @@ def test_black_and_white_videos_are_as_far_apart_as_published(variable, not_publ
         metric.reset()
         for real in (True, False):
             metric.update(torch.full((2, 3, frames, 64, 64), 0 if real else 255, dtype=torch.uint8), real)
-        assert metric.compute().item() == pytest.approx(
-            expected, rel=0.01 if variable == "I3D_PRETRAINED_400" else 1e-4
-        )
+        assert metric.compute().item() == pytest.approx(expected, rel=rel)
 
 
 def test_the_comparison_of_implementations(not_published):
