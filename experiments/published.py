@@ -57,7 +57,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [""] + [f"[{i}] {note}" for i, note in enumerate(told, 1)] + ([""] if told else [])
     apart = [name for name, score in scores.items() if not column(name, score)]
     if apart:
-        lines += ["Ours, of other networks than the published ones: **these compare with no number above.**", ""]
+        lines += ["Ours, of other networks than the published ones: **these compare with no published number.**", ""]
         lines += table_row(["score", "value, 95 % interval"]) + table_row(["---"] * 2)
         for name in apart:
             lines += table_row([name, number(scores[name])])

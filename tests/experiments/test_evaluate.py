@@ -165,7 +165,7 @@ def test_only_what_earns_its_name_stands_in_the_column() -> None:
     cells = [cell.strip() for cell in ours.strip("|").split("|")]
     mark = re.search(r"\[(\d+)\] 4 samples in place of 10,000", page)
     assert mark and cells[3] == f"400.50 (390.00 to 411.00) [{mark[1]}]" and cells[5] == ""
-    assert "| is_random | 1.5000 |" in page and "compare with no number above" in page
+    assert "| is_random | 1.5000 |" in page and "compare with no published number" in page
     assert column("fvd_random", {}) == column("is_random", {}) == column("fvd_short_side", {}) == ""
     assert column("clipsim", {"backbone": "ours-tiny-1234"}) == ""
     assert column("clipsim", {"backbone": "ViT-B-32/openai"}) == "CLIPSIM"
