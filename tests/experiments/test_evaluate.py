@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments import build, evaluate, sampling
-from experiments.config import Config
+from experiments.config import Config, load
 from experiments.published import TABLE, column, long, markdown, published
 from lightning_modules.metrics import FrechetInceptionDistance
 from tests.experiments.sets import frames, make_msrvtt, make_ucf101, write
@@ -58,6 +58,7 @@ def test_ucf101_from_its_own_layout_to_the_table(
     assert "4 samples in place of 10,000" in result["notes"]
     manifest = sampling.read_manifest(Path(samples["folder"]))
     assert manifest["digest"] == samples["digest"] and len(manifest["prompts"]) == 4
+    assert load(str(build.run_folder(alone, "evaluate") / "ucf101.yaml")).evaluate.ucf101_samples == 4
     printed = capsys.readouterr().out
     page = (build.run_folder(alone, "evaluate") / "ucf101.md").read_text()
     assert page in printed and "of scoring was waiting for data" in printed
