@@ -74,6 +74,7 @@ class Sampling(L.LightningModule):
         self.config, self.output, self.prompts, self.folder = config, output, prompts, folder
         self.batches = missing(folder, len(prompts), config.evaluate.batch_size)
         self.maker: MakeAVideo | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer batches to do than ranks
 
     def setup(self, stage: str) -> None:
         self.maker = make_cascade(self.config)

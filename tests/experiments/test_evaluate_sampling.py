@@ -153,6 +153,9 @@ def start(
 def test_two_processes_make_the_files_of_one(made: Config, whole: Path, tmp_path: Path) -> None:
     assert start(made, tmp_path / "two", world=2) == [0, 0]
     assert contents(tmp_path / "two") == contents(whole)
+    (tmp_path / "two" / name(4)).unlink()
+    assert start(made, tmp_path / "two", world=2) == [0, 0]  # of which one has nothing left to do
+    assert contents(tmp_path / "two") == contents(whole)
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
