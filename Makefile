@@ -26,8 +26,13 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
+<<<<<<< HEAD
 	finetune-video train-interpolation generate eval-fvd eval-clipsim eval-fid eval-is eval-ucf101 eval-msrvtt report \
 	dashboard bench bench-model bench-data test golden lint clean
+=======
+	finetune-video train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data \
+	bench-metrics test golden lint clean
+>>>>>>> w_metrics
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -110,13 +115,16 @@ report: $(READY) ## one HTML page with curves, pictures and counts of all stages
 dashboard: $(READY) ## the W&B workspace of SIZE, a section for each stage, saved to your project (needs WANDB_API_KEY)
 	@$(RUN) -m experiments.dashboard $(SIZE) $(ARGS)
 
-bench: bench-model bench-data ## all benchmarks
+bench: bench-model bench-data bench-metrics ## all benchmarks
 
 bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside published ones
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
 
 bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit and common loaders
 	@$(RUN) -m experiments.bench_data $(ARGS)
+
+bench-metrics: $(READY) ## I3D's features a second beside the plain network, and seconds of the distances
+	@$(RUN) -m experiments.bench_metrics $(ARGS)
 
 # What the benchmarks measure us against.
 $(VENV)/.bench: $(READY)

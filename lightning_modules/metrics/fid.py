@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_modules.metrics.distances import Moments, frechet_of_moments, moment_influence
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos
+from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
 from lightning_modules.metrics.weights import RANDOM, load_dict, located
 from models.inception import SIDE, WIDTH, Inception, random_inception
 
@@ -79,7 +79,7 @@ class FrameMetric(VideoMetric):
         check_videos(videos)
         kind = "real" if real else "fake"
         self.note(videos, kind)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             features = self.encode(rearrange(videos, "b c f h w -> (b f) c h w").to(self.device)).float()
         rows = features.double()
         setattr(self, f"{kind}_sum", getattr(self, f"{kind}_sum") + rows.sum(0))

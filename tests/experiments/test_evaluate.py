@@ -195,8 +195,8 @@ def test_all_published_rows_are_there_with_what_is_disputed() -> None:
     assert "| Snap Video | zero-shot | 512x288 | 104.0 |  | 8.48 | 0.2793 |" in page["msrvtt"]
 
 
-def test_other_ranks_score_nothing(alone: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_score_nothing(alone: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate.parallel, "first_rank", lambda: False)
-    config = replace(alone, evaluate=replace(alone.evaluate, workers=0))
-    assert evaluate.evaluate(config, "clipsim") == {}
+    config = replace(alone, evaluate=replace(alone.evaluate, folder=str(tmp_path / "samples")))
+    assert evaluate.evaluate(config, "clipsim") == {} and len(list((tmp_path / "samples").glob("*.mp4"))) == 3
     assert not (build.run_folder(alone, "evaluate") / "clipsim.json").exists()
