@@ -26,13 +26,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-<<<<<<< HEAD
 	finetune-video train-interpolation generate eval-fvd eval-clipsim eval-fid eval-is eval-ucf101 eval-msrvtt report \
-	dashboard bench bench-model bench-data test golden lint clean
-=======
-	finetune-video train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data \
-	bench-metrics test golden lint clean
->>>>>>> w_metrics
+	dashboard bench bench-model bench-data bench-metrics test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
