@@ -21,7 +21,7 @@ from experiments import build
 from experiments.benchmarks import Task, folder_task, msrvtt, read_prompts, ucf101
 from experiments.cli import for_people
 from experiments.config import Config, load, save
-from experiments.published import log_wandb, markdown
+from experiments.published import log_wandb, markdown, published
 from experiments.sampling import OUTPUTS, generate, name, number_of, read_manifest
 from experiments.scores import DISTANCES, score
 from experiments.train import quiet
@@ -75,6 +75,7 @@ def evaluate(config: Config, what: str) -> dict[str, Any]:
     result["samples"] |= kept
     result["seconds"]["generating"] = round(generating, 2)
     result["notes"] = task.notes + result["notes"]
+    result["published"] = published(what)
     write(config, result)
     return result
 

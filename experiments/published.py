@@ -132,7 +132,7 @@ def log_wandb(result: dict[str, Any], folder: Path, project: str) -> None:
         group=result["size"],
         job_type="evaluate",
         mode="online" if online else "offline",
-        config={key: value for key, value in result.items() if key != "scores"},
+        config={key: value for key, value in result.items() if key not in ("scores", "published")},
     ) as run:
         prefix = f"evaluate/{result['benchmark']}"
         table = wandb.Table(

@@ -56,6 +56,7 @@ def test_ucf101_from_its_own_layout_to_the_table(
     assert result["skipped"] == {"generated": {}, "real": {}}
     assert 0 < result["waiting"] < 1 and result["seconds"]["waiting"] < result["seconds"]["scoring"]
     assert "4 samples in place of 10,000" in result["notes"]
+    assert {"Make-A-Video", "Snap Video"} <= {row["method"] for row in result["published"]}
     manifest = sampling.read_manifest(Path(samples["folder"]))
     assert manifest["digest"] == samples["digest"] and len(manifest["prompts"]) == 4
     assert load(str(build.run_folder(alone, "evaluate") / "ucf101.yaml")).evaluate.ucf101_samples == 4
