@@ -141,7 +141,7 @@ report: $(READY) ## one HTML page with curves, pictures and counts of all stages
 dashboard: $(READY) ## the W&B workspace of SIZE, a section for each stage, saved to your project (needs WANDB_API_KEY)
 	@$(RUN) -m experiments.dashboard $(SIZE) $(ARGS)
 
-bench: bench-model bench-data bench-generate ## all benchmarks
+bench: bench-model bench-data bench-generate bench-metrics ## all benchmarks
 
 bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside published ones
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
@@ -151,6 +151,9 @@ bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit a
 
 bench-generate: $(READY) ## seconds and memory of each stage of a film at every size, and what the cascade adds to its networks
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_generate $(ARGS)
+
+bench-metrics: $(READY) ## I3D's features a second beside the plain network, and seconds of the distances
+	@$(RUN) -m experiments.bench_metrics $(ARGS)
 
 # What the benchmarks measure us against.
 $(VENV)/.bench: $(READY)

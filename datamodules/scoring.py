@@ -85,10 +85,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class Scored:
-    """Batches of all kinds of clips, one kind after the other, with what is to be reported of them.
+    """Batches of all kinds of clips, once, one kind after the other, with what is to be reported of them.
 
     skipped: failures by cause, of each kind. rates: the sum and the number of the frame rates of each kind.
-    waiting: seconds that were spent waiting for a batch, the start of the workers among them.
+    waiting: seconds that the caller waited for a batch.
     Raises ValueError where the files of the first kind have frames of several sizes and `side` does not make them one.
     """
 
@@ -114,15 +114,16 @@ class Scored:
         self.fps = [0.0 for _ in kinds]  # sums
         self.waiting = 0.0
         self.size: tuple[int, int] | None = None
+        # Now, not at the first batch: the workers read while the caller still loads its networks.
+        self.batches = iter(self.loader)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         start = time.perf_counter()
-        batches = iter(self.loader)
         while True:
-            batch = next(batches, None)
+            batch = next(self.batches, None)
             self.waiting += time.perf_counter() - start
             if batch is None:
                 return

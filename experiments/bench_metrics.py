@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def networks(bench: Bench, device: str) -> dict[str, float]:
                 raise ValueError(
                     f"'{name}' computes other logits than the plain network, by {error:.2g} of their spread."
                 )
-        best = in_turns({name: lambda net=net: net(clips) for name, net in nets.items()}, bench.repeats, device)
+        best = in_turns({name: partial(net, clips) for name, net in nets.items()}, bench.repeats, device)
     return {name: bench.batch_size / time for name, time in best.items()}
 
 

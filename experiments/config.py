@@ -172,7 +172,7 @@ class EvaluateConfig:
     msrvtt_split: str = "test"  # of its videos: train | validate | test
     msrvtt_captions: str = "all"  # all, as in the paper, or one for each video, as in many later ones
     msrvtt_samples: int = 0  # the first so many of them, 0 = all
-    i3d: str = ""  # path of the I3D weights; empty = a random network, and the number is called fvd_random
+    i3d: str = ""  # path or address of the I3D weights; empty = a random network, and the number is called fvd_random
     i3d_sha256: str = ""
     c3d: str = ""  # of the C3D weights of IS, likewise, and
     c3d_sha256: str = ""

@@ -20,8 +20,8 @@ from datamodules.video_sources import Clip, list_clips
 from experiments import build
 from experiments.benchmarks import Task, folder_task, msrvtt, read_prompts, ucf101
 from experiments.cli import for_people
-from experiments.config import Config, load
-from experiments.published import log_wandb, markdown
+from experiments.config import Config, load, save
+from experiments.published import log_wandb, markdown, published
 from experiments.sampling import OUTPUTS, generate, name, number_of, read_manifest
 from experiments.scores import DISTANCES, score
 from experiments.train import quiet
@@ -75,6 +75,7 @@ def evaluate(config: Config, what: str) -> dict[str, Any]:
     result["samples"] |= kept
     result["seconds"]["generating"] = round(generating, 2)
     result["notes"] = task.notes + result["notes"]
+    result["published"] = published(what)
     write(config, result)
     return result
 
@@ -103,12 +104,13 @@ def given(config: Config, task: Task, captioned: bool) -> tuple[list[Clip], list
 
 
 def write(config: Config, result: dict[str, Any]) -> None:
-    """The result as WHAT.json and WHAT.md in the run folder, and to W&B."""
+    """The result as WHAT.json and WHAT.md in the run folder, the config as WHAT.yaml, and the table to W&B."""
     folder = build.run_folder(config, "evaluate")
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(result, indent=2)), (".md", markdown(result))):
         with whole(folder / f"{result['benchmark']}{suffix}") as path:
             path.write_text(text)
+    save(config, folder / f"{result['benchmark']}.yaml")
     log_wandb(result, folder, PROJECT)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import wandb
 
 TABLE = Path(__file__).parent / "published.csv"
-BETTER = {"FVD": "down", "KVD": "down", "FID": "down", "CLIP-FID": "down", "IS": "up", "CLIPSIM": "up"}
+BETTER = {"FVD": "↓", "KVD": "↓", "FID": "↓", "CLIP-FID": "↓", "IS": "↑", "CLIPSIM": "↑"}
 BACKBONES = ("ViT-B-32", "ViT-B-16")  # of published CLIPSIM and CLIP-FID
 LONG = ("method", "setting", "size", "metric", "value", "low", "high", "paper", "note")
 
@@ -41,7 +41,7 @@ def markdown(result: dict[str, Any]) -> str:
     columns = [name for name in BETTER if name in own or any(row["metric"] == name for row in rows)]
     lines = [f"# {result['benchmark']}, {result['size']}", ""]
     if columns:
-        heads = ["method", "setting", "size", *(f"{name} ({BETTER[name]})" for name in columns), "paper"]
+        heads = ["method", "setting", "size", *(f"{name} {BETTER[name]}" for name in columns), "paper"]
         lines += table_row(heads) + table_row(["---"] * len(heads))
     told: list[str] = []
     for key in dict.fromkeys((row["method"], row["setting"], row["size"], row["paper"]) for row in rows):
@@ -50,19 +50,17 @@ def markdown(result: dict[str, Any]) -> str:
             if key == (row["method"], row["setting"], row["size"], row["paper"]):
                 cells[columns.index(row["metric"])] = row["value"] + footnote(row["note"], told)
         lines += table_row([*key[:3], *cells, key[3]])
-    if columns:
-        mark = footnote("; ".join(notes), told)
+    if set(own) & set(columns):
+        mark, side = footnote("; ".join(notes), told), str(result["samples"]["resolution"])
         cells = [number(own[name]) + mark if name in own else "" for name in columns]
-        if any(cells):
-            side = str(result["samples"]["resolution"])
-            lines += table_row([f"**ours, {result['size']}**", result["setting"], side, *cells, ""])
+        lines += table_row([f"**ours, {result['size']}**", result["setting"], side, *cells, ""])
     lines += [""] + [f"[{i}] {note}" for i, note in enumerate(told, 1)] + ([""] if told else [])
     apart = [name for name, score in scores.items() if not column(name, score)]
     if apart:
-        lines += ["Ours, of other networks than the published ones: **these compare with no number above.**", ""]
+        lines += ["Ours, of other networks than the published ones: **these compare with no published number.**", ""]
         lines += table_row(["score", "value, 95 % interval"]) + table_row(["---"] * 2)
         for name in apart:
-            lines += table_row([f"{name}{footnote_of(notes)}", number(scores[name])])
+            lines += table_row([name, number(scores[name])])
         lines += [""]
     lines += ["Computed on:", ""]
     lines += [f"- {name}: {said(score)}" for name, score in scores.items()]
@@ -83,11 +81,6 @@ def footnote(note: str, told: list[str]) -> str:
     if note not in told:
         told.append(note)
     return f" [{told.index(note) + 1}]"
-
-
-def footnote_of(notes: list[str]) -> str:
-    """Scores apart from the table have their notes below."""
-    return " *" if notes else ""
 
 
 def number(score: dict[str, Any]) -> str:
@@ -139,7 +132,7 @@ def log_wandb(result: dict[str, Any], folder: Path, project: str) -> None:
         group=result["size"],
         job_type="evaluate",
         mode="online" if online else "offline",
-        config={key: value for key, value in result.items() if key != "scores"},
+        config={key: value for key, value in result.items() if key not in ("scores", "published")},
     ) as run:
         prefix = f"evaluate/{result['benchmark']}"
         table = wandb.Table(

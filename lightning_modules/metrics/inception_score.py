@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos
+from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
 from lightning_modules.metrics.weights import RANDOM, load_dict, located
 from models.c3d import C3D, CLASSES, CUBE, FRAMES, SIDE, convert_keys, prepare, random_c3d
 
@@ -112,7 +112,7 @@ class VideoInceptionScore(VideoMetric):
         """p(class | clip) (b, 101), float32 even under autocast."""
         net = self.network.to(self.device)
         cube = self.cube if self.cube is None else self.cube.to(self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             parts = [net(prepare(clips.to(self.device), cube)).softmax(1) for clips in videos.split(self.chunk)]
         return torch.cat(parts)
 

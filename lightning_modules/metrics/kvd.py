@@ -12,7 +12,7 @@ class KernelVideoDistance(I3DMetric):
     "kvd" with the published weights, see `I3DMetric`.
     """
 
-    measure = "kvd"
+    measure, kind = "kvd", "kernel"
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar; ValueError where there are fewer than two clips of a kind."""

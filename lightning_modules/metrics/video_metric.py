@@ -26,6 +26,15 @@ def check_videos(videos: Tensor, frames: int = 1) -> None:
         raise ValueError(f"The network needs clips of at least {frames} frames, and these have {videos.shape[2]}.")
 
 
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Feature networks in whole float32: no gradients, no autocast, no TF32 in cuDNN, whatever training has set."""
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
+        yield
+
+
 def bootstrap(
     value: float, influences: Sequence[Tensor], level: float, resamples: int, seed: int
 ) -> tuple[float, float]:

@@ -82,10 +82,11 @@ def test_each_sample_has_its_own_seed_and_no_neighbours(made: Config, whole: Pat
 
 @pytest.mark.parametrize(("output", "side"), [("upsampled", 32), ("interpolated", 16), ("high", 64)])
 def test_as_far_through_the_cascade_as_asked(made: Config, output: str, side: int) -> None:
+    made = replace(made, cascade=replace(made.cascade, frames=4))
     maker = sampling.make_cascade(made)
     maker.on_step = None
     clip = clips_of(made, maker, output, PROMPTS[:1], [0])
-    assert clip.shape == (1, 3, 16, side, side) and clip.dtype == torch.uint8
+    assert clip.shape == (1, 3, 4, side, side) and clip.dtype == torch.uint8
     assert sampling.rate(made, output) == made.cascade.fps * (1 if output == "upsampled" else made.cascade.skip)
     assert set(sampling.made_of(made, output)) >= set(OUTPUTS[output])
 
@@ -111,7 +112,7 @@ def test_what_exists_is_skipped_and_what_is_missing_made_again_to_the_byte(
     assert read_manifest(folder)["prompts"] == PROMPTS
 
 
-def rank(number: int, world: int, port: int, config: Config, folder: Path, killed_at: int) -> None:
+def rank(number: int, world: int, port: int, config: Config, folder: Path, killed_at: int, by: int) -> None:
     """A process as torchrun starts it; one with `killed_at` dies in the middle of writing that sample."""
     if world > 1:
         torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK=0)
@@ -123,7 +124,7 @@ def rank(number: int, world: int, port: int, config: Config, folder: Path, kille
     def dying(frame: np.ndarray) -> np.ndarray:
         written[0] += 1
         if written[0] == 16 * killed_at + 15:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return np.ascontiguousarray(frame)
 
     if killed_at:
@@ -132,14 +133,16 @@ def rank(number: int, world: int, port: int, config: Config, folder: Path, kille
     generate(replace(config, evaluate=settings), "decoded", PROMPTS, folder)
 
 
-def start(config: Config, folder: Path, world: int = 1, killed_at: int = 0) -> list[int | None]:
+def start(
+    config: Config, folder: Path, world: int = 1, killed_at: int = 0, by: int = signal.SIGKILL
+) -> list[int | None]:
     """Run `rank` in processes of its own; their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.sampling"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [(number, world, port, config, folder, killed_at) for number in range(world)]
+    arguments = [(number, world, port, config, folder, killed_at, by) for number in range(world)]
     processes = [context.Process(target=rank, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
@@ -151,12 +154,16 @@ def start(config: Config, folder: Path, world: int = 1, killed_at: int = 0) -> l
 def test_two_processes_make_the_files_of_one(made: Config, whole: Path, tmp_path: Path) -> None:
     assert start(made, tmp_path / "two", world=2) == [0, 0]
     assert contents(tmp_path / "two") == contents(whole)
+    (tmp_path / "two" / name(4)).unlink()
+    assert start(made, tmp_path / "two", world=2) == [0, 0]  # of which one has nothing left to do
+    assert contents(tmp_path / "two") == contents(whole)
 
 
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_while_it_writes_and_run_again_there_are_the_files_of_one_run(
-    made: Config, whole: Path, tmp_path: Path
+    made: Config, whole: Path, tmp_path: Path, by: int
 ) -> None:
-    assert start(made, tmp_path / "killed", killed_at=3) == [-signal.SIGKILL]
+    assert start(made, tmp_path / "killed", killed_at=3, by=by) == [-by]
     left = [path.name for path in sorted((tmp_path / "killed").iterdir())]
     assert left == [*(name(k) for k in range(3)), name(3) + ".part", "manifest.json"]
     assert start(made, tmp_path / "killed") == [0]

@@ -10,7 +10,7 @@ from lightning_modules.metrics.distances import (
     frechet_influences,
     frechet_of_moments,
     kernel_distance,
-    moment_influence,
+    moment_influences,
 )
 from lightning_modules.metrics.video_metric import bootstrap
 
@@ -67,13 +67,21 @@ def test_moments_give_the_distance_of_the_rows(n):
     """Also with fewer rows than features, where covariances are singular."""
     x, y = normal(n, 16, 0), normal(n + 3, 16, 1) @ normal(16, 16, 2) + 1
     own, other = (Moments.of_sums(len(z), z.sum(0), z.T @ z) for z in (x, y))
-    distance, u, s, vh = frechet_of_moments(own, other)
+    distance = frechet_of_moments(own, other)
     expected, (by_x, by_y) = frechet_influences(x, y)
     torch.testing.assert_close(distance, expected)
     torch.testing.assert_close(distance, frechet_distance(x, y))
-    torch.testing.assert_close(moment_influence(x, own, other, u, s), by_x, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(moment_influence(y, other, own, vh.T, s), by_y, atol=1e-6, rtol=1e-6)
-    assert frechet_of_moments(own, own)[0] < 1e-9
+    found = moment_influences(own, other, x, y)
+    torch.testing.assert_close(found, [by_x, by_y], atol=1e-6, rtol=1e-6)
+    assert frechet_of_moments(own, own) < 1e-9
+
+
+def test_moments_of_one_point():
+    """Black frames against white ones: no variance, the distance of the means."""
+    black, white = torch.zeros(4, 3, dtype=torch.float64), torch.ones(5, 3, dtype=torch.float64)
+    own, other = (Moments.of_sums(len(z), z.sum(0), z.T @ z) for z in (black, white))
+    torch.testing.assert_close(frechet_of_moments(own, other).item(), 3.0)
+    assert all(part.isfinite().all() for part in moment_influences(own, other, black, white))
 
 
 # The kernel distance

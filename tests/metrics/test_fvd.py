@@ -190,6 +190,20 @@ def test_features_do_not_depend_on_the_batch(network):
         torch.testing.assert_close(plain(prepare(clips(2, 5))), one, rtol=1e-4, atol=1e-4)
 
 
+def test_features_are_whole_float32_whatever_training_has_set(archive, monkeypatch):
+    seen = []
+
+    def noting(*args):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return logits_of(*args)
+
+    monkeypatch.setattr(features, "logits_of", noting)
+    before = torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FrechetVideoDistance(archive).features(clips(1, 0)).dtype == torch.float32
+    assert seen == [(False, False, False)] and torch.backends.cudnn.allow_tf32 == before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the same features on a GPU: there is none here")
 def test_features_do_not_depend_on_the_device():
     metric = FrechetVideoDistance()
@@ -286,6 +300,10 @@ def test_rgb_imagenet_is_refused(network, tmp_path, not_published):
     torch.save(weights, tmp_path / "rgb_imagenet.pt")
     with pytest.raises(ValueError, match="rgb_imagenet.pt holds an I3D, but not that of FVD: .* instead of 152.9175"):
         FrechetVideoDistance(tmp_path / "rgb_imagenet.pt")
+    named = FrechetVideoDistance(tmp_path / "rgb_imagenet.pt", rgb_imagenet=True)
+    assert named.name == "frechet_rgb_imagenet"
+    assert_folded(named.network, network, eps=1e-3)
+    assert KernelVideoDistance(tmp_path / "rgb_imagenet.pt", rgb_imagenet=True).name == "kernel_rgb_imagenet"
 
 
 def test_what_tells_the_weights_apart(archive, monkeypatch, not_published):
