@@ -11,6 +11,8 @@ from experiments.bench_generate import Bench, call_inputs, chunks, main, traced
 from experiments.config import load
 from models.sampling import STAGES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_rows_of_a_film(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bench" / "generate.json"
