@@ -217,8 +217,8 @@ def test_any_number_of_frames_and_any_skip(cascade, keys, skip):
 def test_windows_together_or_in_turn_are_the_same(cascade, keyframes):
     embedding = torch.randn(2, 16)
     together = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
-    for windows in (1, 2, 3):
-        cascade.config.windows = windows
+    for n in (1, 2, 3):
+        cascade.config.windows = n
         close(cascade.interpolate(keyframes, embedding, 6.0, SEEDS), together)
 
 
