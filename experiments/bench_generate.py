@@ -37,7 +37,7 @@ class Bench:
     """The benchmark."""
 
     sizes: list[str] = field(default_factory=lambda: ["tiny", "small", "base", "paper"])
-    preset: str = "standard"
+    overrides: list[str] = field(default_factory=lambda: ["cascade.preset=standard"])  # of every page
     steps: int = 4  # of each sampler that are measured, at most
     largest: float = 0.5  # TFLOP of a call that is still measured on a CPU; a GPU measures what fits into it
     compile: bool = False  # torch.compile the networks first, on a GPU
@@ -214,7 +214,7 @@ def main(arguments: list[str]) -> None:
     device = build.device()
     rows: list[Row] = []
     for size in bench.sizes:
-        config = load(size, [f"cascade.preset={bench.preset}"])
+        config = load(size, bench.overrides)
         mixed = build.precision(config.decoder.trainer.precision).startswith("bf16")
         for stage in STAGES:
             row = traced(config, stage, device.split(":")[0], mixed)

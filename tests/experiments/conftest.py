@@ -1,5 +1,6 @@
 """The whole cascade in a minute: the tiny page made smaller still, trained once for all tests here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def fresh(tmp_path: Path) -> Config:
     """A micro cascade of which nothing is trained."""
     return micro(tmp_path)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from torch import Tensor
 from experiments import build, curve
 from experiments.config import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Means:
     """In place of I3D: the mean colours of a clip's frames."""

@@ -17,6 +17,8 @@ from experiments.generate import main
 from lightning_modules.media import read_note, write
 from models.cascade import MakeAVideo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def config(page: Path) -> Config:

@@ -7,6 +7,7 @@ from torch import nn
 from models.cascade import SamplingConfig, stream
 from models.clip import scaled
 from models.samplers import SAMPLERS
+from models.stages import windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,8 +217,8 @@ def test_any_number_of_frames_and_any_skip(cascade, keys, skip):
 def test_windows_together_or_in_turn_are_the_same(cascade, keyframes):
     embedding = torch.randn(2, 16)
     together = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
-    for windows in (1, 2, 3):
-        cascade.config.windows = windows
+    for n in (1, 2, 3):
+        cascade.config.windows = n
         close(cascade.interpolate(keyframes, embedding, 6.0, SEEDS), together)
 
 
@@ -302,3 +303,21 @@ def test_an_unknown_sampler_is_named(cascade):
 def test_the_networks_are_frozen(cascade):
     for stage in (cascade.prior, cascade.decoder, cascade.interpolation, cascade.sr_low, cascade.sr_high):
         assert not stage.net.training and not any(p.requires_grad for p in stage.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "frames, length, skip, together, wanted",
+    [
+        (76, 16, 5, 5, [[(0, 16), (15, 31), (30, 46), (45, 61), (60, 76)]]),
+        (76, 16, 5, 3, [[(0, 16), (15, 31), (30, 46)], [(45, 61), (60, 76)]]),
+        (121, 0, 5, 5, [[(0, 121)]]),
+        (41, 16, 5, 5, [[(0, 16), (15, 31)], [(30, 41)]]),
+        (31, 16, 2, 9, [[(0, 15), (14, 29)], [(28, 31)]]),
+        (41, 16, 20, 5, [[(0, 21), (20, 41)]]),
+        (6, 16, 5, 5, [[(0, 6)]]),
+        (1, 16, 5, 5, [[(0, 1)]]),
+        (1, 0, 5, 5, [[(0, 1)]]),
+    ],
+)
+def test_windows_of_a_film(frames, length, skip, together, wanted):
+    assert windows(frames, length, skip, together) == wanted
