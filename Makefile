@@ -26,8 +26,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-	finetune-video train-interpolation generate eval-fvd eval-clipsim report dashboard bench bench-model bench-data \
-	test golden lint clean
+	finetune-video train-interpolation generate eval-fvd eval-clipsim human-eval human-tally \
+	gallery report dashboard bench bench-model bench-data test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -91,6 +91,15 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
+
+human-eval: $(READY) ## a page on which people compare the films of two folders, A=folder B=folder
+	@$(RUN) -m experiments.human_eval "$(A)" "$(B)" $(ARGS)
+
+human-tally: $(READY) ## what the raters of FOLDER=runs/human prefer: majorities of five, with Wilson's interval
+	@$(RUN) -m experiments.human_tally $(or $(FOLDER),runs/human)
+
+gallery: $(READY) ## one HTML page of films beside real clips with the scores: those of SIZE, or in FOLDER=...
+	@$(RUN) -m experiments.gallery $(SIZE) $(FOLDER) $(ARGS)
 
 report: $(READY) ## one HTML page with curves, pictures and counts of all stages of SIZE, or of FOLDER=runs/tiny/decoder
 	@$(RUN) -m experiments.report $(or $(FOLDER),$(SIZE)) $(ARGS)

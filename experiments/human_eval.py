@@ -12,7 +12,6 @@ rater by name. `python -m experiments.human_tally <out>` counts.
 """
 
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -21,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
-
 from experiments.cli import for_people, settings
-from experiments.samples import PROMPTS, Sample, read_prompts, samples
+from experiments.samples import PROMPTS, Sample, playable, read_prompts, samples
 
 QUESTIONS = {"quality": "Which film is of higher quality?", "faithfulness": "Which film fits the text better?"}
 
@@ -54,20 +51,6 @@ def pairs(a: list[Sample], b: list[Sample]) -> list[tuple[Sample, Sample]]:
     return found
 
 
-def without_metadata(path: Path) -> bytes:
-    """The pictures of a film as they are, in a file that does not tell who made it."""
-    kind = path.suffix.removeprefix(".")
-    buffer = io.BytesIO()
-    with av.open(str(path)) as source, av.open(buffer, "w", kind, options={"fflags": "+bitexact"}) as target:
-        video = source.streams.video[0]
-        copy = target.add_stream_from_template(video)
-        for packet in source.demux(video):
-            if packet.dts is not None:
-                packet.stream = copy
-                target.mux(packet)
-    return buffer.getvalue()
-
-
 def build(folder_a: Path, folder_b: Path, options: HumanEval) -> tuple[Path, list[str]]:
     """Write the page and its key.
 
@@ -93,8 +76,8 @@ def build(folder_a: Path, folder_b: Path, options: HumanEval) -> tuple[Path, lis
     for pair in found:
         ids = []
         for film in pair:
-            data = without_metadata(film.path)
-            ids.append(digest(options.seed, pair[0].path.stem, data) + film.path.suffix)
+            data, kind = playable(film)
+            ids.append(f"{digest(options.seed, pair[0].path.stem, data)}.{kind}")
             films[ids[-1]] = data
         if ids[0] == ids[1]:
             raise ValueError(f"{pair[0].path} and {pair[1].path} are the same film: nothing to choose between.")
