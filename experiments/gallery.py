@@ -45,7 +45,7 @@ def gallery(folder: Path, config: Config) -> Path:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Make-A-Video: films of {escape(config.size)}</title><style>{style}</style></head><body><main>
 <h1>Make-A-Video: films of {escape(config.size)}</h1><p>{escape(told)}</p>
-{scores(read_scores(Path(config.runs) / config.size / "evaluate"))}
+{scores(read_scores(Path(config.runs) / config.size / "evaluate", folder))}
 <section><div class="pairs">{"".join(card(film, real.get(film.prompt)) for film in shown)}</div></section>
 </main><script>{PLAY}</script></body></html>
 """
@@ -66,20 +66,25 @@ def real_clips(config: Config) -> dict[str, Path]:
     return found
 
 
-def scores(found: dict[str, dict[str, Any]]) -> str:
-    """A tile for each score, and what each was computed on: a file's first number is its score."""
+def scores(results: list[dict[str, Any]]) -> str:
+    """A tile for each score of these films, with its interval, and what each was computed on."""
     tiles, rows = "", ""
-    for file, content in found.items():
-        values = {name: value for name, value in content.items() if isinstance(value, int | float)}
-        if values:
-            name, value = next(iter(values.items()))
-            tiles += f'<div class="tile"><b>{number(value)}</b><span>{escape(name)}</span></div>'
-            told = ", ".join(f"{key} {number(v) if isinstance(v, float) else v}" for key, v in content.items())
-            rows += f"<tr><td>{escape(file)}</td><td>{escape(told)}</td></tr>"
+    for result in results:
+        for name, score in result["scores"].items():
+            low, high = score.get("interval") or (None, None)
+            span = "" if low is None else f", {number(low)} to {number(high)}"
+            tiles += f'<div class="tile"><b>{number(score["value"])}</b><span>{escape(name)}{span}</span></div>'
+            told = {k: v for k, v in score.items() if k not in ("value", "interval", "name") and v not in (None, "")}
+            about = ", ".join(f"{k} {v}" for k, v in {**told, **plain(result.get("samples", {}))}.items())
+            rows += f"<tr><td>{escape(name)}</td><td>{escape('; '.join([about, *result.get('notes', [])]))}</td></tr>"
     return tiles and (
         f'<section><div class="head"><h2>Scores</h2></div><div class="tiles">{tiles}</div>'
-        f"<details><summary>What they were computed on</summary><table>{rows}</table></details></section>"
+        f'<details><summary>What they were computed on</summary><table class="told">{rows}</table></details></section>'
     )
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float) or key == "output"}
 
 
 def card(film: Sample, real: Path | None) -> str:
@@ -96,14 +101,14 @@ def embedded(film: Sample) -> str:
     return f'<video src="{source}" loop muted playsinline controls preload="metadata"></video>'
 
 
-def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of a file of scores -> what it holds, of all in a folder."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            found[path.stem] = {k: v for k, v in content.items() if isinstance(v, str | int | float)}
-    return found
+def read_scores(folder: Path, films: Path) -> list[dict[str, Any]]:
+    """The evaluations in a folder that are of these films."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [
+        result
+        for result in found
+        if "scores" in result and Path(result.get("samples", {}).get("folder", "")).resolve() == films.resolve()
+    ]
 
 
 @for_people

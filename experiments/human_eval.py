@@ -72,7 +72,8 @@ def build(folder_a: Path, folder_b: Path, options: HumanEval) -> tuple[Path, lis
         )
     key: dict[str, Any] = {"systems": {"A": str(folder_a), "B": str(folder_b)}, "seed": options.seed,
                            "questions": list(QUESTIONS), "pairs": {}}  # fmt: skip
-    shown, films = [], {}
+    films: dict[str, bytes] = {}
+    shown: list[dict[str, Any]] = []
     for pair in found:
         ids = []
         for film in pair:

@@ -39,8 +39,15 @@ def run(tmp_path: Path) -> Path:
     for k in range(3):
         film(folder / f"{k:06d}.mp4", "libx264rgb")
     (folder / "manifest.json").write_text(json.dumps({"made_of": {}, "prompts": prompts}))
-    (folder.parent / "fvd.json").write_text(json.dumps({"fvd_random": 123.4, "n": 3, "resize": "bilinear"}))
-    (folder.parent / "clipsim.json").write_text(json.dumps({"clipsim": 0.25, "rows": [1, 2]}))
+    of = {"n": 3, "folder": str(folder)}
+    fvd = {"value": 123.4, "interval": [110.0, 140.0], "weights": "random", "resize": "bilinear"}
+    (folder.parent / "fvd.json").write_text(
+        json.dumps({"scores": {"fvd_random": fvd}, "samples": of, "notes": ["few"]})
+    )
+    clipsim = {"scores": {"clipsim": {"value": 0.25}}, "samples": of}
+    (folder.parent / "clipsim.json").write_text(json.dumps(clipsim))
+    other = {"scores": {"is_random": {"value": 7.0}}, "samples": {"folder": "elsewhere"}}
+    (folder.parent / "is.json").write_text(json.dumps(other))
     return tmp_path / "tiny"
 
 
@@ -61,8 +68,9 @@ def test_a_browser_plays_it(run: Path, browser: Any, capsys: pytest.CaptureFixtu
     sizes = browser.js("[...document.querySelectorAll('video')].map((v) => v.videoWidth)")
     assert sizes == [48, 256, 48, 48, 256]
     shown = browser.js("document.body.innerText")
-    for word in ("3 of 3 films in samples, 2 beside", "123", "fvd_random", "0.25", "clipsim"):
+    for word in ("3 of 3 films in samples, 2 beside", "123\nfvd_random, 110 to 140", "0.25\nclipsim"):
         assert word in shown, word
+    assert "is_random" not in text and "resize bilinear, n 3; few" in text  # scores of these films alone
     assert all(address.startswith(("file:///", "data:", "about:")) for address in browser.asked())
 
 
