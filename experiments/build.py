@@ -233,7 +233,7 @@ def load_clip(config: Config) -> Clip:
     if not model.name:
         net, state = build_clip(model), weights(config, "clip")
         net.load_state_dict(state)
-        return Clip(net, f"ours-{config.size}-{digest(state)}")
+        return Clip(net, f"ours-{config.size}-{digest(state)}", config=model)
     if not model.pretrained:
         raise ValueError("clip.model.pretrained is empty: give open_clip's tag, or the path of a checkpoint.")
     if model.sha256:
@@ -247,7 +247,7 @@ def load_clip(config: Config) -> Clip:
     width = pretrained.text_projection.shape[-1] if hasattr(pretrained, "text_projection") else model.embedding_width
     if width != model.embedding_width:
         raise ValueError(f"{model.name} has embeddings of {width}, clip.model.embedding_width says otherwise.")
-    return Clip(pretrained, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name))
+    return Clip(pretrained, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name), model)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

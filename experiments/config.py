@@ -139,6 +139,14 @@ class DataConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """Of `make generate` and the other uses: what is written."""
+
+    formats: list[str] = field(default_factory=lambda: ["mp4"])  # mp4 | webm | gif | webp | png, a folder of frames
+    presentation: int = 512  # side of a smaller copy of a film that is larger, as in the paper; 0 = none
+
+
+@dataclass
 class EvaluateConfig:
     """Of `make eval-fvd` and `make eval-clipsim`."""
 
@@ -170,6 +178,7 @@ class Config:
     sr_high_video: VideoStage = field(default_factory=VideoStage)
     interpolation: DecoderVideoStage = field(default_factory=DecoderVideoStage)
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 

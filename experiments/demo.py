@@ -3,14 +3,13 @@
 Stages that have finished are skipped and an interrupted one goes on, so the same command always continues.
 """
 
-import resource
 import sys
 import time
 
 from experiments import build
 from experiments.cli import for_people
 from experiments.config import Config, load
-from experiments.generate import generate
+from experiments.generate import generate, peak_memory
 from experiments.train import quiet, train
 
 PROMPT = "a 3D emoji of octopus"
@@ -53,13 +52,6 @@ def main(arguments: list[str]) -> None:
     path, sheet = generate(config, prompt)
     print(f"\n{table(config)}\n\nfilm           {path}\ncontact sheet  {sheet}\n"
           f"this sitting took {time.time() - start:.0f} s and at most {peak_memory():.1f} GiB")  # fmt: skip
-
-
-def peak_memory() -> float:
-    """Largest resident size of this process so far, plus the largest of its children, in GiB."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (own.ru_maxrss + children.ru_maxrss) / unit
 
 
 if __name__ == "__main__":

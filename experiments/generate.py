@@ -1,13 +1,25 @@
-"""`python -m experiments.generate SIZE "a sentence" [key=value ...]`: a film for a sentence.
+"""Films: for a sentence, of pictures and of other films.
 
-Writes `<runs>/<size>/films/<sentence>-<seed>.mp4` and, beside it, a contact sheet with a row for each stage.
+    python -m experiments.generate SIZE "a sentence" [key=value ...]
+    python -m experiments.generate SIZE animate PICTURE [key=value ...]
+    python -m experiments.generate SIZE between PICTURE PICTURE [weight=0.5 ...]
+    python -m experiments.generate SIZE extend VIDEO [forward=1 backward=0 ...]
+    python -m experiments.generate SIZE vary VIDEO [key=value ...]
+    python -m experiments.generate SIZE edit PICTURE "what it becomes" [before="what it shows" weight=0.35 ...]
+    python -m experiments.generate again FILM [key=value ...]
+
+Writes `<runs>/<size>/films/<title>-<seed>` in the formats of the section `generate`, and beside it a contact sheet with
+a row for each stage. `again` makes a film anew from the note that it carries.
 """
 
 import re
+import resource
 import sys
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,15 +28,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from experiments import build
+from experiments import build, films
 from experiments.cli import for_people
 from experiments.config import Config, load
-from lightning_modules.media import to_uint8, write_mp4
-from models.cascade import Film, MakeAVideo
+from experiments.films import Request
+from lightning_modules.media import FORMATS, presented, read_note, to_uint8, write
+from models.cascade import Film, MakeAVideo, OnStep
+
+NETWORKS = {"decoder": "D^t", "interpolation": "upF", "sr_low": "SR_l^t", "sr_high": "SR_h"}
+NAMES = {"decoded": "D^t", "interpolated": "upF", "low": "SR_l^t", "high": "SR_h"}
 
 
-def make_cascade(config: Config) -> MakeAVideo:
-    """The trained cascade of a size, with a progress bar for each stage of sampling."""
+def progress() -> OnStep:
+    """A bar for each stage of sampling, with the time left."""
     bar: tqdm[None] | None = None
 
     def on_step(name: str, calls: int, total: int) -> None:
@@ -35,41 +51,66 @@ def make_cascade(config: Config) -> MakeAVideo:
         if calls == total:
             bar.close()
 
-    device = build.device()
+    return on_step
+
+
+def make_cascade(config: Config, on_step: OnStep | None = None) -> MakeAVideo:
+    """The trained cascade of a size; without `on_step`, with a progress bar for each stage of sampling."""
     mixed = build.precision(config.decoder.trainer.precision).startswith("bf16")
-    return build.cascade(config, device, torch.bfloat16 if mixed else torch.float32, on_step)
+    return build.cascade(config, build.device(), torch.bfloat16 if mixed else torch.float32, on_step or progress())
 
 
 def generate(
     config: Config, prompt: str, seed: int | None = None, maker: MakeAVideo | None = None
 ) -> tuple[Path, Path]:
+    """Make one film for a sentence; as `film`."""
+    return film(config, Request(prompt=prompt, seed=config.seed if seed is None else seed), maker)
+
+
+def film(config: Config, request: Request, maker: MakeAVideo | None = None) -> tuple[Path, Path]:
     """Make one film.
 
     Returns:
-        Paths of the mp4 and of the contact sheet.
+        Paths of the film, in the first of the formats, and of the contact sheet.
 
     Raises:
-        ValueError: the prompt is empty.
-        FileNotFoundError: a stage has not been trained.
+        ValueError: the request cannot be met; an input that cannot be read; an unknown format.
+        FileNotFoundError: an input is not there, or a stage has not been trained.
     """
-    if not prompt.strip():
-        raise ValueError('the prompt is empty: say what the film should show, as in PROMPT="a 3D emoji of a ram".')
+    check_formats(config)
     maker = maker or make_cascade(config)
-    if maker.clip.truncated(prompt):
+    if maker.clip.truncated(request.prompt):
         warnings.warn(
             f"the prompt has more tokens than CLIP reads ({config.clip.model.context_length}); the end is ignored.",
             stacklevel=2,
         )
-    seed = config.seed if seed is None else seed
-    film = maker.text_to_video([prompt], [seed])
+    made = films.make(config, request, maker)
+    return write_film(config, made, request, films.note(config, request, maker))
+
+
+def check_formats(config: Config) -> None:
+    """Raises ValueError, before anything is computed, for formats that there are not."""
+    unknown = [form for form in config.generate.formats if form not in FORMATS]
+    if unknown or not config.generate.formats:
+        raise ValueError(f"generate.formats is {config.generate.formats}: name one or more of {', '.join(FORMATS)}.")
+
+
+def write_film(config: Config, made: Film, request: Request, note: dict[str, Any]) -> tuple[Path, Path]:
+    """The film's files in `<runs>/<size>/films`: every format, a smaller copy of a large film, the contact sheet."""
     folder = build.run_folder(config, "films")
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "film"
-    path = folder / f"{name}-{seed}.mp4"
-    write_mp4(path, film.high[0].cpu(), film.fps)
-    sheet = path.with_suffix(".png")
-    contact_sheet(film, prompt).save(sheet)
-    return path, sheet
+    name = re.sub(r"[^a-z0-9]+", "-", request.title().lower()).strip("-")[:60] or "film"
+    name = f"{name}-{request.seed}"
+    clip, fps = made.last()
+    frames, side = clip[0].float().cpu(), config.generate.presentation
+    paths = [write(folder / name, frames, fps, form, note) for form in config.generate.formats]
+    if side and clip.shape[-1] > side:
+        smaller = presented(frames, side)
+        for form in config.generate.formats:
+            write(folder / f"{name}-{side}px", smaller, fps, form, note)
+    sheet = folder / f"{name}.png"
+    contact_sheet(made, request.title()).save(sheet)
+    return paths[0], sheet
 
 
 def contact_sheet(film: Film, title: str, columns: int = 8, side: int = 160) -> Image.Image:
@@ -78,17 +119,15 @@ def contact_sheet(film: Film, title: str, columns: int = 8, side: int = 160) -> 
     Frames are enlarged without smoothing, so that each shows its own pixels. The rows after the first begin
     between two of the decoder's frames, to show what interpolation made.
     """
-    rows: list[tuple[str, Tensor]] = [
-        ("D^t", film.decoded),
-        ("upF", film.interpolated),
-        ("SR_l^t", film.low),
-        ("SR_h", film.high),
+    rows: list[tuple[str, Tensor, float]] = [
+        (NAMES[name], clip, film.decoded_fps if name == "decoded" else film.fps) for name, clip in film.clips().items()
     ]
     margin = 18
     sheet = Image.new("RGB", (columns * side, (side + margin) * len(rows) + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((4, 3), f'"{title}"', fill="black")
-    for i, (name, clip) in enumerate(rows):
+    shown = "".join(c if c.isprintable() else " " for c in title.encode("utf-8", "replace").decode())
+    draw.text((4, 3), f'"{shown}"' if len(shown) <= 200 else f'"{shown[:200]} ..."', fill="black")
+    for i, (name, clip, fps) in enumerate(rows):
         count = clip.shape[2]
         chosen = torch.linspace(0, count - 1, columns).round().long()
         frames = rearrange(clip[0][:, chosen], "c f h w -> f c h w").float().cpu()
@@ -97,22 +136,79 @@ def contact_sheet(film: Film, title: str, columns: int = 8, side: int = 160) -> 
         strip = to_uint8(rearrange(frames, "f c h w -> c h (f w)"))
         top = margin + i * (side + margin)
         sheet.paste(Image.fromarray(strip), (0, top + margin))
-        fps = film.fps if i else film.fps * (film.decoded.shape[2] - 1) / max(1, film.low.shape[2] - 1)
         draw.text(
             (4, top + 3), f"{name}: {count} frames of {clip.shape[-1]} x {clip.shape[-1]}, {fps:g} fps", fill="black"
         )
     return sheet
 
 
+def film_again(path: Path, overrides: list[str]) -> tuple[tuple[Path, Path], MakeAVideo]:
+    """Make a film anew from its note, by the same weights.
+
+    Raises ValueError where the weights are others, or an input has changed.
+    """
+    note = read_note(path)
+    request, settings, dtype = films.remake(note, str(path))
+    config = load(str(note.get("size", "")), overrides)
+    config.cascade = settings
+    maker = make_cascade(config)
+    maker.dtype = dtype
+    if maker.digest() != note.get("model"):
+        raise ValueError(f"{path} was made by the model {note.get('model')}; that of {build.run_folder(config, '')} is "
+                         f"{maker.digest()}, and would make another film.")  # fmt: skip
+    return film(config, request, maker), maker
+
+
+def request_of(words: list[str]) -> tuple[Request, list[str]]:
+    """What is asked for, and the overrides of the page: the use, its files and sentence, then key=value.
+
+    Without the name of a use it is a sentence.
+    """
+    use = words[0] if words and words[0] in films.USES else ""
+    words = words[1:] if use else words
+    use = use or "text"
+    files = len(films.USES[use].inputs)
+    plain = files + (use in ("text", "edit"))
+    keys: dict[str, Any] = {f.name: type(f.default) for f in fields(Request)}
+    keys = {name: kind for name, kind in keys.items() if name not in ("use", "inputs", "prompt")}
+    own: dict[str, Any] = {}
+    overrides = []
+    for word in words[plain:]:
+        key, _, value = word.partition("=")
+        if key not in keys:
+            overrides.append(word)
+            continue
+        try:
+            own[key] = keys[key](value)
+        except ValueError:
+            raise ValueError(f"{word}: a number is wanted after {key}=.") from None
+    prompt = words[files] if plain > files and len(words) > files else ""
+    return Request(use, prompt, inputs=tuple(words[:files]), **own), overrides
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, plus the largest of its children, in GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (own.ru_maxrss + children.ru_maxrss) / unit
+
+
 @for_people
 def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
         raise ValueError('usage: python -m experiments.generate SIZE "a sentence" [key=value ...]')
-    size, prompt, *overrides = arguments
-    config = load(size, overrides)
     start = time.time()
-    path, sheet = generate(config, prompt)
-    print(f"{path}\n{sheet}\nin {time.time() - start:.0f} s")
+    if arguments[0] == "again":
+        (path, sheet), maker = film_again(Path(arguments[1]), arguments[2:])
+    else:
+        request, overrides = request_of(arguments[1:])
+        config = load(arguments[0], overrides, section="generate")
+        check_formats(config)
+        maker = make_cascade(config)
+        path, sheet = film(config, request, maker)
+    frames = ", ".join(f"{NETWORKS[name]} {n}" for name, n in maker.most_frames.items())
+    print(f"{path}\n{sheet}\nin {time.time() - start:.0f} s and at most {peak_memory():.1f} GiB; "
+          f"frames at a time: {frames}")  # fmt: skip
 
 
 if __name__ == "__main__":

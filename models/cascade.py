@@ -1,7 +1,7 @@
 """The whole cascade, y = SR_h . SR_l^t . upF . D^t . P (BPE(x), CLIP_text(x)) (paper, eq. 1): a method per arrow."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,38 +10,18 @@ from torch import Tensor, nn
 
 from models.clip import Clip, scaled
 from models.diffusion import Diffusion, low_res_condition, split_variance
-from models.samplers import SAMPLERS, Denoise, Draw, guided, seeded_draw, shared_over_frames
+from models.samplers import SAMPLERS, Denoise, Draw, guided, guided_at_once, seeded_draw, shared_over_frames
+from models.sampling import STAGES, CascadeConfig, SamplingConfig, correlated
+
+__all__ = ["CascadeConfig", "Film", "MakeAVideo", "OnStep", "SamplingConfig", "Stage", "pixel_denoiser", "stream"]
 
 OnStep = Callable[[str, int, int], None]
-"""Called after each network call of a sampler with (stage, calls made, calls in all)."""
+"""Called after each step of a sampler with (stage, steps made, steps in all). What it raises ends the film."""
 
+Denoisers = Callable[[Sequence[bool]], Denoise]
+"""denoisers(drops): the denoiser of a batch, once for each flag, without its condition where the flag is set."""
 
-@dataclass
-class SamplingConfig:
-    """How one stage is sampled."""
-
-    sampler: str = "ddim"  # ddpm | ddim | dpmpp_2m
-    steps: int = 50
-    guidance: float = 1.0  # classifier-free guidance, 1 = none
-    rescale: float = 0.0  # share of guidance's wider range that is taken back, 0.7 in arXiv 2305.08891
-    noise_level: int = -1  # super-resolution: diffusion time of the noise on the small clip, -1 = none
-
-
-@dataclass
-class CascadeConfig:
-    """How a film is made."""
-
-    frames: int = 16  # of the decoder
-    fps: float = 6.0  # of the decoder's clip; the film has fps * skip
-    skip: int = 5  # interpolation puts skip - 1 frames into each gap: 16 -> 76
-    candidates: int = 2  # embeddings drawn by the prior, of which the closest to the text is kept
-    window: int = 16  # frames of an interpolation window, which share their end keyframes; 0 = all frames at once
-    chunk: int = 8  # frames that SR_h works on at a time
-    prior: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=64))
-    decoder: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler="ddpm", steps=250, guidance=4.0))
-    interpolation: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler="ddpm", steps=250))
-    sr_low: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=27))
-    sr_high: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=15))
+STOPS = ("embedding", "decoded", "interpolated", "low", "high")
 
 
 @dataclass
@@ -55,20 +35,34 @@ class Stage:
 
 @dataclass
 class Film:
-    """What each arrow made; clips are `b 3 f h w` in [-1, 1], fps that of `interpolated` and what follows."""
+    """What each arrow made, None where it was not asked for; clips are `b 3 f h w` in [-1, 1]."""
 
     embedding: Tensor
-    decoded: Tensor
-    interpolated: Tensor
-    low: Tensor
-    high: Tensor
-    fps: float
+    decoded: Tensor | None = None
+    interpolated: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    fps: float = 0.0  # of `interpolated` and what follows
+    decoded_fps: float = 0.0
+
+    def clips(self) -> dict[str, Tensor]:
+        """What there is of decoded, interpolated, low and high, in this order."""
+        made = {name: getattr(self, name) for name in STOPS[1:]}
+        return {name: clip for name, clip in made.items() if clip is not None}
+
+    def last(self) -> tuple[Tensor, float]:
+        """The clip of the last stage that ran, and its frame rate. Raises ValueError where there is none."""
+        if not (clips := self.clips()):
+            raise ValueError("this film ends with its embedding: there is no clip.")
+        name, clip = list(clips.items())[-1]
+        return clip, self.decoded_fps if name == "decoded" else self.fps
 
 
 class MakeAVideo:
-    """Text to video by five networks.
+    """Text to video by five networks. What else they can make of pictures and clips is in `models.uses`.
 
-    Every method takes one seed for each sample: sample k does not depend on the batch it is in.
+    Every method takes one seed for each sample: sample k does not depend on the batch it is in, nor on the chunks it
+    is made in, but for rounding.
 
     Args:
         clip: the CLIP that the prior and the decoder were trained with.
@@ -95,35 +89,97 @@ class MakeAVideo:
         self.sr_low, self.sr_high = sr_low, sr_high
         self.device, self.dtype = torch.device(device), dtype
         self.on_step = on_step
-        for stage in (prior, decoder, interpolation, sr_low, sr_high):
+        self.weights_digest = ""
+        self.most_frames: dict[str, int] = {}  # that a layer of a stage has worked on at a time
+        for stage in self.stages().values():
             stage.net.to(self.device).eval().requires_grad_(False)
+            if config.compile:
+                stage.net.compile()
 
-    def text_to_video(self, prompts: Sequence[str], seeds: Sequence[int]) -> Film:
-        """A film for each prompt. Raises ValueError for an empty prompt."""
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        on_step: OnStep | None = None,
+    ) -> "MakeAVideo":
+        """The cascade of a folder that `save_pretrained` wrote; see `models.pretrained.load`."""
+        from models.pretrained import load  # which builds one of these
+
+        return load(folder, device, dtype, on_step)
+
+    def save_pretrained(self, folder: str, half: bool = False) -> None:
+        """Write the cascade to a folder; see `models.pretrained.save`."""
+        from models.pretrained import save
+
+        save(self, folder, half)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that tell these weights from others; computed once."""
+        if not self.weights_digest:
+            from models.pretrained import digests, together
+
+            self.weights_digest = together(digests(self))
+        return self.weights_digest
+
+    def stages(self) -> dict[str, Stage]:
+        """The five stages by name."""
+        return {name: getattr(self, name) for name in STAGES}
+
+    def text_to_video(
+        self, prompts: Sequence[str], seeds: Sequence[int], stop: str = "high", intermediates: bool = True
+    ) -> Film:
+        """A film for each prompt, as far as `stop` (embedding, decoded, interpolated, low, high).
+
+        Without `intermediates` the last clip alone is kept. Raises ValueError for an empty prompt, an unknown stop, and
+        where there is not a seed for each prompt.
+        """
+        if stop not in STOPS:
+            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS)}.")
         fps = self.config.fps
-        embedding = self.embed(prompts, seeds)
-        decoded = self.decode(embedding, fps, seeds)
-        interpolated = self.interpolate(decoded, embedding, fps, seeds)
-        low = self.upsample_low(interpolated, fps * self.config.skip, seeds)
-        high = self.upsample_high(low, seeds)
-        return Film(embedding, decoded, interpolated, low, high, fps * self.config.skip)
+        film = Film(self.embed(prompts, seeds), fps=fps * self.config.skip, decoded_fps=fps)
+        if stop == "embedding":
+            return film
+        return self.finish(replace(film, decoded=self.decode(film.embedding, fps, seeds)), seeds, stop, intermediates)
+
+    def finish(self, film: Film, seeds: Sequence[int], stop: str = "high", intermediates: bool = True) -> Film:
+        """The stages that follow `decoded` (or `interpolated`, where the film has it), as far as `stop`."""
+        if stop not in STOPS[1:]:
+            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS[1:])}.")
+        clips = film.clips()
+        end = STOPS.index(stop)
+        for name in STOPS[2 : end + 1]:
+            if name in clips:
+                continue
+            before = clips[STOPS[STOPS.index(name) - 1]]
+            if name == "interpolated":
+                clips[name] = self.interpolate(before, film.embedding, film.decoded_fps, seeds)
+            elif name == "low":
+                clips[name] = self.upsample_low(before, film.fps, seeds)
+            else:
+                clips[name] = self.upsample_high(before, seeds)
+            if not intermediates:
+                clips = {name: clips[name]}
+        return Film(film.embedding, fps=film.fps, decoded_fps=film.decoded_fps, **clips)
 
     def embed(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """P: the CLIP image embedding of each prompt `b d`, scaled; the best of `candidates` draws."""
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the prompt is empty: say in a few words what the film should show.")
+        check_seeds(seeds, len(prompts))
         n = self.config.candidates
         tokens = self.clip.tokens(prompts).to(self.device)
         text = self.clip.encode_text(tokens)
         tokens, many = tokens.repeat_interleave(n, 0), scaled(text).repeat_interleave(n, 0)
         draw = seeded_draw([stream(s, "prior", i) for s in seeds for i in range(n)], many.shape[1:], self.device)
 
-        def denoise(drop: bool) -> Denoise:
-            flag = torch.full((len(many),), drop, device=self.device)
-            return lambda z, t: (self.prior.net(z, t, tokens, many, drop=flag).float(), None)
+        def denoisers(drops: Sequence[bool]) -> Denoise:
+            words, sense, flag = again(tokens, drops), again(many, drops), self.flags(drops, len(many))
+            return lambda z, t: (self.prior.net(z, t, words, sense, drop=flag).float(), None)
 
-        z = self.sample("prior", self.prior, denoise, draw)
+        z = self.sample("prior", self.prior, denoisers, draw)
         z = rearrange(z, "(b n) d -> b n d", n=n)
         closeness = torch.einsum("b n d, b d -> b n", nn.functional.normalize(z, dim=-1), text)
         best = z[torch.arange(len(z)), closeness.argmax(dim=1)]
@@ -131,43 +187,70 @@ class MakeAVideo:
 
     def decode(self, embedding: Tensor, fps: float, seeds: Sequence[int], frames: int | None = None) -> Tensor:
         """D^t: embeddings `b d` to clips `b 3 f h w` of the decoder's size."""
-        side = self.decoder.size
-        draw = self.draw(seeds, "decoder", (3, frames or self.config.frames, side, side))
+        check_seeds(seeds, len(embedding))
+        side, frames = self.decoder.size, self.config.frames if frames is None else frames
+        if not 1 <= frames <= 1000:
+            raise ValueError(f"a clip of {frames} frames cannot be made: ask for 1 ... 1000, the paper's is 16.")
+        draw = self.draw(seeds, "decoder", (3, frames, side, side))
         return self.sample("decoder", self.decoder, self.with_embedding(self.decoder, embedding, fps), draw)
 
+    def complete(
+        self, clip: Tensor, known: Tensor, embedding: Tensor, fps: float, seeds: Sequence[int], turn: int = 1
+    ) -> Tensor:
+        """upF on any given frames of a clip `b 3 f h w` of the decoder's size; they come back exactly.
+
+        Args:
+            known: which frames are given, bool `f`; the others are not looked at.
+            fps: of the clip.
+            turn: 1 ... 1000, for calls on one film that are to have noise of their own.
+        """
+        check_seeds(seeds, len(clip))
+        draw = self.draw(seeds, "interpolation", (3, *clip.shape[2:]), turn)
+        mask = known.to(self.device).float()[:, None, None].expand(len(clip), 1, -1, *clip.shape[3:])
+        given = torch.cat((torch.where(mask > 0, clip.to(self.device), 0.0), mask), dim=1)
+        return self.fill(given, embedding, fps, draw)
+
     def interpolate(self, clip: Tensor, embedding: Tensor, fps: float, seeds: Sequence[int]) -> Tensor:
-        """upF: `skip - 1` new frames in each gap of a clip of `fps`; the given frames come back exactly."""
-        skip, window = self.config.skip, self.config.window
-        b, _, keyframes, h, w = clip.shape
-        frames = (keyframes - 1) * skip + 1
-        given = torch.zeros(b, 4, frames, h, w, device=self.device)
-        given[:, :3, ::skip], given[:, 3, ::skip] = clip, 1
-        draw = self.draw(seeds, "interpolation", (3, frames, h, w))
-        # Windows of the training length share their end frames, which must be keyframes; else all at once.
-        span = window - 1
-        if window and span % skip == 0 and (frames - 1) % span == 0:
-            n = (frames - 1) // span
-            given = torch.cat([given[:, :, i * span : (i + 1) * span + 1] for i in range(n)])
-            whole, embedding = draw, embedding.repeat(n, 1)
+        """upF: `skip - 1` new frames in each gap of a clip of `fps`; the given frames come back exactly.
 
-            def draw() -> Tensor:
+        In windows of the training length, which share their end frames, `windows` at a time; what remains of a film
+        that they do not divide is a shorter window.
+        """
+        check_seeds(seeds, len(clip))
+        skip, b, frames = self.config.skip, len(clip), (clip.shape[2] - 1) * self.config.skip + 1
+        given = torch.zeros(b, 4, frames, *clip.shape[3:], device=self.device)
+        given[:, :3, ::skip], given[:, 3, ::skip] = clip.to(self.device), 1
+        span = (self.config.window - 1) // skip * skip if self.config.window else frames - 1
+        span = max(span, skip)
+        cuts = [*range(0, max(frames - 1, 1), span), frames - 1]
+        spans = [(a, e + 1) for a, e in zip(cuts, cuts[1:], strict=False)]
+        # those of one length are sampled together, so the shorter last one is not
+        n = self.config.windows
+        alike = [
+            [s for s in spans if s[1] - s[0] == length] for length in sorted({e - a for a, e in spans}, reverse=True)
+        ]
+        groups = [group[i : i + n] for group in alike for i in range(0, len(group), n)]
+        parts: list[Tensor] = []
+        for i, group in enumerate(groups):
+            whole = self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:]))
+
+            def draw(whole: Draw = whole, group: list[tuple[int, int]] = group) -> Tensor:
                 noise = whole()
-                return torch.cat([noise[:, :, i * span : (i + 1) * span + 1] for i in range(n)])
+                return torch.cat([noise[:, :, a:e] for a, e in group])
 
-        dense = self.sample(
-            "interpolation",
-            self.interpolation,
-            self.with_embedding(self.interpolation, embedding, fps * skip, given=given),
-            draw,
-        )
-        dense = torch.where(given[:, 3:] > 0, given[:, :3], dense)
-        if len(dense) == b:
-            return dense
-        parts = dense.chunk(len(dense) // b)
+            known = torch.cat([given[:, :, a:e] for a, e in group])
+            dense = self.fill(known, again(embedding, group), fps * skip, draw, i, len(groups))
+            parts += dense.chunk(len(group))
         return torch.cat([*(part[:, :, :-1] for part in parts[:-1]), parts[-1]], dim=2)
 
+    def fill(self, given: Tensor, embedding: Tensor, fps: float, draw: Draw, part: int = 0, parts: int = 1) -> Tensor:
+        """upF on masked frames and their mask `b 4 f h w`."""
+        denoisers = self.with_embedding(self.interpolation, embedding, fps, given=given)
+        made = self.sample("interpolation", self.interpolation, denoisers, draw, part, parts)
+        return torch.where(given[:, 3:] > 0, given[:, :3], made)
+
     def upsample_low(self, clip: Tensor, fps: float, seeds: Sequence[int]) -> Tensor:
-        """SR_l^t: all frames jointly in space and time."""
+        """SR_l^t: all frames jointly in space and time, `tile` of them at a time in each layer."""
         draw = self.draw(seeds, "sr_low", (3, clip.shape[2], self.sr_low.size, self.sr_low.size))
         return self.upsample("sr_low", self.sr_low, clip, draw, fps)
 
@@ -185,59 +268,94 @@ class MakeAVideo:
         self, name: str, stage: Stage, clip: Tensor, draw: Draw, fps: float | None, part: int = 0, parts: int = 1
     ) -> Tensor:
         """Super-resolution of a clip by either network."""
-        level = torch.full((len(clip),), getattr(self.config, name).noise_level, device=self.device)
+        level = torch.full((len(clip),), self.config.sampling(name).noise_level, device=self.device)
         low = low_res_condition(clip.to(self.device), stage.size, stage.diffusion, level, draw())
         rate = None if fps is None else torch.full((len(clip),), fps, device=self.device)
+        tile = {} if fps is None else {"tile": self.config.tile}
 
-        def denoise(drop: bool) -> Denoise:
-            return pixel_denoiser(stage.net, stage.diffusion, low_res=low, noise_level=level.clamp(min=0), fps=rate)
+        def denoisers(drops: Sequence[bool]) -> Denoise:
+            conditions = {"low_res": low, "noise_level": level.clamp(min=0), "fps": rate}
+            return pixel_denoiser(
+                stage.net, stage.diffusion, **{k: again(v, drops) for k, v in conditions.items()}, **tile
+            )
 
-        return self.sample(name, stage, denoise, draw, part, parts)
+        return self.sample(name, stage, denoisers, draw, part, parts)
 
-    def with_embedding(
-        self, stage: Stage, embedding: Tensor, fps: float, **conditions: Tensor
-    ) -> Callable[[bool], Denoise]:
-        """The denoiser of a network conditioned on y_e and fps, with the embedding or (drop) without."""
+    def with_embedding(self, stage: Stage, embedding: Tensor, fps: float, **conditions: Tensor) -> Denoisers:
+        """The denoisers of a network conditioned on y_e and fps, with the embedding or (drop) without."""
+        embedding = embedding.to(self.device)
         rate = torch.full((len(embedding),), fps, device=self.device)
 
-        def denoise(drop: bool) -> Denoise:
-            flag = torch.full((len(embedding),), drop, device=self.device)
-            return pixel_denoiser(stage.net, stage.diffusion, embedding=embedding, drop=flag, fps=rate, **conditions)
+        def denoisers(drops: Sequence[bool]) -> Denoise:
+            return pixel_denoiser(
+                stage.net,
+                stage.diffusion,
+                embedding=again(embedding, drops),
+                drop=self.flags(drops, len(embedding)),
+                fps=again(rate, drops),
+                **{name: again(value, drops) for name, value in conditions.items()},
+            )
 
-        return denoise
+        return denoisers
 
     @torch.inference_mode()
     def sample(
-        self, name: str, stage: Stage, denoise: Callable[[bool], Denoise], draw: Draw, part: int = 0, parts: int = 1
+        self, name: str, stage: Stage, denoisers: Denoisers, draw: Draw, part: int = 0, parts: int = 1
     ) -> Tensor:
-        """Run a stage's sampler; `denoise(drop)` makes its denoiser with or without the condition."""
-        config: SamplingConfig = getattr(self.config, name)
-        if config.sampler not in SAMPLERS:
-            raise ValueError(f"cascade.{name}.sampler '{config.sampler}' is not one of {', '.join(SAMPLERS)}.")
+        """Run a stage's sampler. A GPU makes both halves of guidance in one call; a CPU gains nothing by it."""
+        config = self.config.sampling(name)
         times = stage.diffusion.times(config.steps, self.device)
-        step, calls = guided(denoise(False), denoise(True), config.guidance, config.rescale), part * config.steps
+        once = self.device.type != "cpu" and config.guidance != 1
+        if once:
+            step = guided_at_once(denoisers([False, True]), config.guidance, config.rescale)
+        else:
+            step = guided(denoisers([False]), denoisers([True]), config.guidance, config.rescale)
+        made = part * config.steps
 
         def counted(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-            nonlocal calls
+            nonlocal made
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 x0, fraction = step(z, t)
-            calls += 1
+            made += 1
             if self.on_step is not None:
-                self.on_step(name, calls, config.steps * parts)
+                self.on_step(name, made, config.steps * parts)
             # after guidance, which would not be that of the network's predictions on clipped ones
             return (x0.clamp(-1, 1) if stage.size else x0), fraction
 
-        return SAMPLERS[config.sampler](counted, draw(), times, draw)
+        z = draw()
+        if stage.size:
+            tile = self.config.tile if name == "sr_low" else 0
+            at_once = min(z.shape[2], tile + 4) if tile else z.shape[2]
+            self.most_frames[name] = max(self.most_frames.get(name, 0), len(z) * at_once * (1 + once))
+        if config.noise != "independent" and z.ndim == 5:
+            z = correlated(z, draw()[:, :, 0], config.noise, config.alpha)
+        return SAMPLERS[config.sampler](counted, z, times, draw)
 
-    def draw(self, seeds: Sequence[int], name: str, shape: Sequence[int]) -> Draw:
-        """Noise of each sample for one stage, from (seed, stage)."""
-        return seeded_draw([stream(seed, name) for seed in seeds], shape, self.device)
+    def flags(self, drops: Sequence[bool], n: int) -> Tensor:
+        """Each flag for a whole batch of n."""
+        return torch.tensor(drops, device=self.device).repeat_interleave(n)
+
+    def draw(self, seeds: Sequence[int], name: str, shape: Sequence[int], turn: int = 0) -> Draw:
+        """Noise of each sample for one stage, from (seed, stage, turn)."""
+        return seeded_draw([stream(seed, name, turn) for seed in seeds], shape, self.device)
+
+
+def again(values: Any, times: Sequence[Any]) -> Any:
+    """A batch once for each of `times`, one after the other; None stays None."""
+    return values if values is None or len(times) == 1 else torch.cat([values] * len(times))
+
+
+def check_seeds(seeds: Sequence[int], n: int) -> None:
+    """Raises ValueError where there is not a seed for each sample, or one is negative."""
+    if len(seeds) != n:
+        raise ValueError(f"{n} samples need as many seeds, not {len(seeds)}.")
+    if any(not 0 <= seed < 2**48 for seed in seeds):
+        raise ValueError(f"seeds are whole numbers from 0 to 2^48 - 1, not {', '.join(map(str, seeds))}.")
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:
     """The seed of one stage's noise, so that no two stages of a film share theirs."""
-    order = ("prior", "decoder", "interpolation", "sr_low", "sr_high").index(name)
-    return (seed * 5 + order) * 1009 + index
+    return (seed * len(STAGES) + STAGES.index(name)) * 1009 + index
 
 
 def pixel_denoiser(net: nn.Module, diffusion: Diffusion, **conditions: Any) -> Denoise:

@@ -63,10 +63,17 @@ class Clip:
         model: an open_clip model; frozen and put in eval mode.
         name: what metrics print as the backbone.
         tokenizer: texts -> tokens `n 77`; open_clip's BPE if not given.
+        config: what the model was built from, to build it again (`models.pretrained`).
     """
 
-    def __init__(self, model: Any, name: str, tokenizer: Callable[..., Tensor] | None = None):
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        tokenizer: Callable[..., Tensor] | None = None,
+        config: ClipConfig | None = None,
+    ):
+        self.model, self.config = model, config
         self.model.eval().requires_grad_(False)
         self.name = name
         self.tokenizer = tokenizer or open_clip.get_tokenizer("ViT-B-32", context_length=model.context_length)

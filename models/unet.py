@@ -6,6 +6,7 @@ An image is a clip of one frame. What makes a network a decoder, an interpolator
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.norm import Norm
 from models.p3d import PseudoAttention3d, PseudoConv3d, sinusoidal
+from models.tiles import in_tiles, through
 
 
 @dataclass
@@ -165,6 +167,7 @@ class UNet(nn.Module):
         low_res: Tensor | None = None,
         noise_level: Tensor | None = None,
         given: Tensor | None = None,
+        tile: int = 0,
     ) -> Tensor:
         """One prediction.
 
@@ -177,6 +180,7 @@ class UNet(nn.Module):
             low_res: the small clip resized to x's size, as x.
             noise_level: diffusion time of the noise that was added to `low_res`, `b`.
             given: masked RGB and mask `b 4 f h w`; mask 1 = this frame is given.
+            tile: frames that a layer works on at a time (`models.tiles`), 0 = all. The same to rounding.
 
         Returns:
             As x, with 6 channels if the variance is learned (prediction first).
@@ -218,21 +222,25 @@ class UNet(nn.Module):
             return pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
 
         x = fold(torch.cat((x, low_res), dim=1) if low_res is not None else x)
-        h = self.conv_in.spatial(x)
-        if self.conv_given is not None and given is not None:
-            h = h + self.conv_given(fold(given))
-        h = self.conv_in.along_time(h, frames)
+
+        def enter(noised: Tensor, *more: Any) -> Tensor:
+            *masked, count = more
+            h = self.conv_in.spatial(noised)
+            if self.conv_given is not None and masked:
+                h = h + self.conv_given(masked[0])
+            return self.conv_in.along_time(h, count)
+
+        inputs = (x,) if self.conv_given is None or given is None else (x, fold(given))
+        h = in_tiles(enter, inputs, frames, tile, reach=1)
         skips = [h]
         for block in self.down:
-            h = block(h, time, frames, context)
+            h = through(block, (h,), time, frames, context, tile)
             skips.append(h)
         for block in self.middle:
-            h = block(h, time, frames, context)
+            h = through(block, (h,), time, frames, context, tile)
         for block in self.up:
-            if block.joins_skip:
-                h = torch.cat((h, skips.pop()), dim=1)
-            h = block(h, time, frames, context)
-        h = self.conv_out(self.norm_out(h), frames)
+            h = through(block, (h, skips.pop()) if block.joins_skip else (h,), time, frames, context, tile)
+        h = in_tiles(lambda x, count: self.conv_out(self.norm_out(x), count), (h,), frames, tile, reach=1)
         if self.config.residual and low_res is not None:
             h = torch.cat((h[:, :3] + x[:, 3:], h[:, 3:]), dim=1)
         h = rearrange(h, "(b f) c h w -> b c f h w", f=frames)

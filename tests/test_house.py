@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "experiments": set(PACKAGES),
 }
 # models are pure torch, and CLIP's wrapper knows open_clip
+# but for the one that writes and reads the cascade as a folder, for those who have nothing else of this repository
+KNOWS_FILES = {"pretrained.py"}
 FOREIGN_TO_MODELS = {"lightning", "omegaconf", "wandb", "decord", "av", "PIL", "pathlib", "os", "io"}
 
 
@@ -43,7 +45,8 @@ def test_imports_run_one_way(package: str) -> None:
 
 def test_models_are_pure_torch() -> None:
     for path in (ROOT / "models").rglob("*.py"):
-        assert not imported(path) & FOREIGN_TO_MODELS, path.name
+        allowed = {"pathlib"} if path.name in KNOWS_FILES else set()
+        assert not imported(path) & FOREIGN_TO_MODELS - allowed, path.name
 
 
 def targets() -> dict[str, str]:
