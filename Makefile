@@ -26,7 +26,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-	finetune-video train-interpolation generate eval-fvd eval-clipsim human-eval human-tally \
+	finetune-video train-interpolation generate app eval-fvd eval-clipsim human-eval human-tally \
 	gallery report dashboard bench bench-model bench-data test golden lint clean
 
 help: ## print this list
@@ -86,6 +86,9 @@ train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
 generate: $(READY) ## a film for PROMPT="..."
 	@$(RUN) -m experiments.generate $(SIZE) "$$PROMPT" $(ARGS)
 
+app: $(VENV)/.app ## the cascade of SIZE as a page at 127.0.0.1: a tab for each use
+	@$(RUN) -m experiments.app $(SIZE) $(ARGS)
+
 eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random without the I3D weights)
 	@$(RUN) -m experiments.evaluate fvd $(SIZE) $(ARGS)
 
@@ -115,11 +118,11 @@ bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside publis
 bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit and common loaders
 	@$(RUN) -m experiments.bench_data $(ARGS)
 
-# What the benchmarks measure us against.
-$(VENV)/.bench: $(READY)
+# Extras: what the benchmarks measure us against, and what draws the page.
+$(VENV)/.bench $(VENV)/.app: $(VENV)/.%: $(READY)
 	@if command -v uv >/dev/null; then \
-		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
-	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
+		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[$*]'; \
+	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'; fi
 	@touch $@
 
 test: $(READY) ## the tests: no network, no GPU

@@ -70,7 +70,7 @@ def samples(folder: Path, prompts: Iterable[str], most: int = 0) -> list[Sample]
     """The films in a folder by name, each with its sentence; where there are more than `most`, so many evenly chosen.
 
     The sentence is the one that `manifest.json` has for the film's number, where generated clips of a benchmark lie, or
-    that of the film's own metadata; without them that of `prompts` whose name the film bears, as
+    that of the note in the film; without them that of `prompts` whose name the film bears, as
     `<sentence>-<seed>.mp4`; without it the words of the name.
 
     Raises:
@@ -104,12 +104,20 @@ def read(path: Path, named: Mapping[str, str], prompt: str) -> Sample:
             coded = video.codec_context.codec.canonical_name, video.codec_context.pix_fmt
             size = (video.codec_context.width, video.codec_context.height)
             seconds = (file.duration or 0) / av.time_base
-            prompt = prompt or file.metadata.get("prompt", "")
+            prompt = prompt or noted(file.metadata.get("comment", ""))
     except (av.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a film ({error}): make it again or take it away.") from None
     words = re.sub(r"-\d+$", "", path.stem)
     prompt = prompt or named.get(slug(words)) or words.replace("-", " ")
     return Sample(path, prompt, size, seconds, coded in {(codec, form) for codec in CODECS for form in FORMATS})
+
+
+def noted(comment: str) -> str:
+    """The sentence in the note that films of `make generate` carry; "" where there is none."""
+    try:
+        return str(json.loads(comment)["prompt"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def playable(film: Sample, side: int = 0) -> tuple[bytes, str]:

@@ -143,6 +143,13 @@ class Browser:
         """Type into what has the focus."""
         self.call("Input.insertText", text=text)
 
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file in a field."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        assert node, f"there is no {selector}"
+        self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+
     def shot(self, path: Path) -> Path:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
         return path

@@ -20,8 +20,8 @@ def film(path: Path, codec: str = "libx264", prompt: str = "", side: int = 48) -
     """Three frames of noise; a clip kept for scores is libx264rgb, which browsers do not play."""
     path.parent.mkdir(exist_ok=True, parents=True)
     noise = np.random.default_rng(0)
-    with av.open(str(path), "w", options={"movflags": "use_metadata_tags"}) as file:
-        file.metadata.update({"prompt": prompt} if prompt else {})
+    with av.open(str(path), "w") as file:
+        file.metadata["comment"] = json.dumps({"prompt": prompt}) if prompt else "shot on a walk"
         video = file.add_stream(codec, rate=12)
         video.width = video.height = side
         video.pix_fmt = CODED[codec]

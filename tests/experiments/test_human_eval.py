@@ -22,7 +22,7 @@ NAMES = [re.sub("[^a-z0-9]+", "-", TEXTS[i].lower()) for i in (0, 20, 40, 60)]
 def film(path: Path, shade: int, side: int = 64) -> None:
     """A film of four frames in a quarter of a second, whose metadata tells who made it."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    with av.open(str(path), "w", options={"movflags": "use_metadata_tags"}) as file:
+    with av.open(str(path), "w") as file:
         file.metadata["comment"] = f"made by {path.parent.name}"
         video = file.add_stream("libx264", rate=16)
         video.width = video.height = side
