@@ -93,7 +93,8 @@ def page(gr: Any, config: Config, maker: MakeAVideo) -> Any:
                         ]
             uploads = [field for name, field in fields.items() if name.startswith("file")]
             event = button.click(action(gr, config, maker, use, fields), set(fields.values()), outputs,
-                                 show_progress_on=outputs[0], concurrency_limit=1, concurrency_id="film", api_visibility="private")  # fmt: skip
+                                 show_progress_on=outputs[0], concurrency_limit=1, concurrency_id="film",
+                                 api_visibility="private")  # fmt: skip
             if uploads:  # they are deleted, so they are not shown as if they were there
                 event.then(cleared(len(uploads)), None, uploads, queue=False, api_visibility="private")
     blocks.queue(max_size=WAITING, default_concurrency_limit=1)

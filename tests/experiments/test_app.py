@@ -1,13 +1,11 @@
 """The page of `make app`: a person in a real browser types, uploads and presses, and films play."""
 
 import importlib.util
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,8 @@ def address(trained: Config, tmp_path: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as outside:  # a proxy: who wants to leave the machine comes here
         outside.setblocking(False)
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-        env = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "ALL_PROXY": proxy,
-               "http_proxy": proxy, "https_proxy": proxy}  # fmt: skip
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), proxy)
+        env = {**os.environ, **proxies, "TMPDIR": str(tmp_path / "tmp")}
         command = [sys.executable, "-m", "experiments.app", str(Path(trained.runs).parent / "micro.yaml")]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         assert process.stdout
