@@ -32,8 +32,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-	finetune-video train-interpolation generate animate between extend vary edit export curve eval-fvd eval-clipsim \
-	eval-fid eval-is eval-ucf101 eval-msrvtt compare report dashboard bench bench-model bench-data bench-generate \
+	finetune-video train-interpolation generate app animate between extend vary edit export curve eval-fvd eval-clipsim \
+	eval-fid eval-is eval-ucf101 eval-msrvtt compare human-eval human-tally \
+	gallery report dashboard bench bench-model bench-data bench-generate \
 	bench-metrics test golden lint clean
 
 help: ## print this list
@@ -114,6 +115,9 @@ export: $(READY) ## CLIP and the five networks of SIZE as one folder, runs/SIZE/
 curve: $(READY) ## how far D^t's clips are from real ones by the number of network calls: runs/SIZE/curve/curve.svg
 	@$(RUN) -m experiments.curve $(SIZE) $(ARGS)
 
+app: $(VENV)/.app ## the cascade of SIZE as a page at 127.0.0.1: a tab for each use
+	@$(RUN) -m experiments.app $(SIZE) $(ARGS)
+
 eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random without the I3D weights)
 	@$(RUN) -m experiments.evaluate fvd $(SIZE) $(ARGS)
 
@@ -135,6 +139,15 @@ eval-msrvtt: $(READY) ## the paper's MSR-VTT benchmark: FID, CLIP-FID, CLIPSIM b
 compare: $(READY) ## D^t beside itself before video, a still, and real clips: CLIPSIM, distance, motion; by what was trained on
 	@$(RUN) -m experiments.compare $(SIZE) $(ARGS)
 
+human-eval: $(READY) ## a page on which people compare the films of two folders, A=folder B=folder
+	@$(RUN) -m experiments.human_eval "$(A)" "$(B)" $(ARGS)
+
+human-tally: $(READY) ## what the raters of FOLDER=runs/human prefer: majorities of five, with Wilson's interval
+	@$(RUN) -m experiments.human_tally $(or $(FOLDER),runs/human)
+
+gallery: $(READY) ## one HTML page of films beside real clips with the scores: those of SIZE, or in FOLDER=...
+	@$(RUN) -m experiments.gallery $(SIZE) $(FOLDER) $(ARGS)
+
 report: $(READY) ## one HTML page with curves, pictures and counts of all stages of SIZE, or of FOLDER=runs/tiny/decoder
 	@$(RUN) -m experiments.report $(or $(FOLDER),$(SIZE)) $(ARGS)
 
@@ -155,11 +168,11 @@ bench-generate: $(READY) ## seconds and memory of each stage of a film at every 
 bench-metrics: $(READY) ## I3D's features a second beside the plain network, and seconds of the distances
 	@$(RUN) -m experiments.bench_metrics $(ARGS)
 
-# What the benchmarks measure us against.
-$(VENV)/.bench: $(READY)
+# Extras: what the benchmarks measure us against, and what draws the page.
+$(VENV)/.bench $(VENV)/.app: $(VENV)/.%: $(READY)
 	@if command -v uv >/dev/null; then \
-		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[bench]'; \
-	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'; fi
+		uv pip install --quiet --compile-bytecode --python $(RUN) --constraint constraints.txt --editable '.[$*]'; \
+	else $(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'; fi
 	@touch $@
 
 test: $(READY) ## the tests: no network, no GPU
