@@ -16,7 +16,6 @@ JSON.
 import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.filters import read_names
-from datamodules.scoring import Scored, Shown
 from datamodules.video_sources import Clip, list_clips
 from experiments import build
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
-from experiments.scores import metric
+from experiments.scores import metric, real_clips
 from lightning_modules.media import to_uint8
+from lightning_modules.metrics import CLIPSIM, FrechetVideoDistance, frechet_distance
 from lightning_modules.metrics.motion import Motion
 from lightning_modules.whole import whole
 from models.cascade import MakeAVideo, Stage
@@ -96,18 +95,11 @@ def made(maker: MakeAVideo, began: Stage, config: Config, names: list[str], firs
     }
 
 
-def real(config: Config, clips: list[Clip]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Batches of real clips at the decoder's rate and side, with their numbers."""
-    shown = Shown(clips, config.cascade.frames, config.decoder.size, config.cascade.fps, config.seed)
-    for batch in Scored([shown], config.evaluate.batch_size, config.evaluate.workers):
-        yield batch["video"], batch["number"]
-
-
 def compare(config: Config) -> dict[str, Any]:
     """The scores of each kind of clip on each kind of concept; returns what is written to the JSON file."""
     maker = make_cascade(config)
     maker.on_step = None
-    began = before_video(config, maker.device)
+    began, fvd = before_video(config, maker.device), metric(config, "fvd", None).to(maker.device)
     result: dict[str, Any] = {
         "size": config.size,
         "seed": config.seed,
@@ -116,40 +108,37 @@ def compare(config: Config) -> dict[str, Any]:
     }
     for concept, some in concepts(config).items():
         clips, names = [clip for clip, _ in some], [name for _, name in some]
-        rows = {kind: Row(config, maker) for kind in (REAL, OURS, BEFORE, STILL)}
-        for videos, numbers in real(config, clips):
+        rows = {kind: Row(fvd, maker) for kind in (REAL, OURS, BEFORE, STILL)}
+        for videos, numbers in real_clips(config, clips):
             rows[REAL].add(videos, [config.evaluate.prompt.format(names[k]) for k in numbers])
-            for row in rows.values():
-                row.fvd.update(videos.to(maker.device), real=True)
         size = config.evaluate.batch_size
         for first in tqdm(range(0, len(names), size), desc=concept, file=sys.stderr):
             part = names[first : first + size]
             for kind, videos in made(maker, began, config, part, first).items():
                 rows[kind].add(videos, [config.evaluate.prompt.format(name) for name in part])
         result["concepts"][concept] = {
-            "n": len(names), "names": names, "rows": {kind: row.scores(kind != REAL) for kind, row in rows.items()}
+            "n": len(names), "names": names, "rows": {kind: row.scores(rows[REAL]) for kind, row in rows.items()}
         }  # fmt: skip
     return result
 
 
 class Row:
-    """The metrics of one kind of clips."""
+    """The scores of one kind of clips."""
 
-    def __init__(self, config: Config, maker: MakeAVideo):
-        self.clipsim = metric(config, "clipsim", maker.clip).to(maker.device)
-        self.fvd = metric(config, "fvd", None).to(maker.device)
-        self.motion = Motion().to(maker.device)
+    def __init__(self, fvd: FrechetVideoDistance, maker: MakeAVideo):
+        self.fvd, self.features = fvd, list[Tensor]()
+        self.clipsim, self.motion = CLIPSIM(maker.clip).to(maker.device), Motion().to(maker.device)
 
     def add(self, videos: Tensor, prompts: list[str]) -> None:
         videos = videos.to(self.motion.device)
         self.clipsim.update(videos, prompts)
         self.motion.update(videos)
-        self.fvd.update(videos, real=False)
+        self.features.append(self.fvd.features(videos))
 
-    def scores(self, distance: bool) -> dict[str, Any]:
+    def scores(self, real: "Row") -> dict[str, Any]:
         found = {"clipsim": float(self.clipsim.compute()), "backbone": self.clipsim.summary()["backbone"]}
-        if distance:
-            found[self.fvd.name] = float(self.fvd.compute())
+        if self is not real:
+            found[self.fvd.name] = float(frechet_distance(torch.cat(real.features), torch.cat(self.features)))
         return found | {"motion": float(self.motion.compute()), "correlation": float(self.motion.correlation())}
 
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments import build
+from experiments.benchmarks import folder_task, some
 from experiments.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Points, grid, line, linear_ticks, mark
 from experiments.cli import for_people
 from experiments.config import Config, load
-from experiments.evaluate import prompts, real_clips
 from experiments.generate import make_cascade
+from experiments.scores import real_clips
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
 from models.sampling import PRESETS, SamplingConfig
@@ -42,7 +43,8 @@ def curve(config: Config) -> dict[str, Any]:
     settings, fps = config.evaluate, config.cascade.fps
     maker, fvd = make_cascade(config), FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
     run = f"{maker.digest()}-{fvd.name}-{settings.samples}-{config.seed}"
-    texts = prompts(config)
+    task = folder_task(config)
+    texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
     seeds = [config.seed + k for k in range(len(texts))]
     parts = [slice(start, start + settings.batch_size) for start in range(0, len(seeds), settings.batch_size)]
     guidance = config.cascade.decoder.guidance
@@ -60,8 +62,7 @@ def curve(config: Config) -> dict[str, Any]:
         return fvd.features(((clips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
     embeddings = kept("embeddings", lambda: maker.embed(texts, seeds)).to(maker.device)
-    like = torch.empty(1, 3, config.cascade.frames, maker.decoder.size, maker.decoder.size)
-    real = kept("real", lambda: torch.cat([fvd.features(clip) for clip in real_clips(config, like)]))
+    real = kept("real", lambda: torch.cat([fvd.features(clip) for clip, _ in real_clips(config, clips)]))
     distances: dict[str, dict[int, float]] = {sampler: {} for sampler in POINTS}
     for sampler, counts in POINTS.items():
         for steps in counts:

@@ -2,11 +2,13 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import open_clip
 import torch
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
@@ -92,6 +94,13 @@ def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: lis
         metrics |= dict(together.items(keep_base=True))
     found = {metrics[each].name: numbers(metrics[each]) for each in scores}
     return {"scores": found} | about(scored, side, looking, config, task)
+
+
+def real_clips(config: Config, clips: list[Video]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Batches uint8 `b 3 f h w` of clips at the decoder's rate and size, with their numbers in the list."""
+    shown = Shown(clips, config.cascade.frames, config.decoder.size, config.cascade.fps, config.seed)
+    for batch in Scored([shown], config.evaluate.batch_size, config.evaluate.workers):
+        yield batch["video"], batch["number"]
 
 
 def numbers(metric: Any) -> dict[str, Any]:
