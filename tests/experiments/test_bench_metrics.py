@@ -23,4 +23,4 @@ def test_other_logits_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "fold_batch_norm", lambda net: module.random_i3d(seed=1))
     with pytest.raises(ValueError, match="'ours' computes other logits than the plain network"):
-        networks(Bench(batch_size=1, frames=9, repeats=1))
+        networks(Bench(batch_size=1, frames=9, repeats=1), "cpu")

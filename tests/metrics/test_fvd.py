@@ -353,7 +353,7 @@ def published(variable):
 @pytest.mark.parametrize("variable", ["I3D_TORCHSCRIPT", "I3D_PRETRAINED_400"])
 def test_black_and_white_videos_are_as_far_apart_as_published(variable, not_published):
     metric = FrechetVideoDistance(published(variable))
-    rel = 0.01 if variable == "I3D_PRETRAINED_400" else 1e-4
+    rel = 0.01 if variable == "I3D_PRETRAINED_400" else 2e-3  # two published runs differ by 1e-3
     for frames, expected in ((10, 569.2296), (16, 152.9175), (30, 151.2565)):
         metric.reset()
         for real in (True, False):
