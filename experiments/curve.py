@@ -27,8 +27,8 @@ from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
 from models.sampling import PRESETS, SamplingConfig
 
-# DDIM at 250 is what the others are held to.
-POINTS = {"ddim": (5, 10, 25, 50, 250), "dpmpp_2m": (5, 8, 10, 15, 20, 25)}
+# DDIM at 250, which takes most of the time, is what the others are held to.
+POINTS = {"dpmpp_2m": (5, 8, 10, 15, 20, 25), "ddim": (5, 10, 25, 50, 250)}
 STYLE = (
     "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}polyline{fill:none;stroke-width:2}"
     ".c0{stroke:#0b6cb0;fill:#0b6cb0}.c1{stroke:#d1495b;fill:#d1495b}polyline.c0,polyline.c1{fill:none}"
