@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos
+from lightning_modules.metrics.video_metric import CLIP_RESIZE, VideoMetric, check_videos, exact
 
 
 class ImageTextEncoder(Protocol):
@@ -52,8 +52,9 @@ class CLIPSIM(VideoMetric):
             count = "a single string" if isinstance(captions, str) else f"{len(captions)}"
             raise ValueError(f"Each clip needs one caption in a list: {b} clips came with {count}.")
         self.note(videos, "fake")
-        images = self.clip.encode_image(rearrange(videos, "b c f h w -> (b f) c h w"))
-        texts = self.clip.encode_text(list(captions)).to(images.device)
+        with exact(self.device):
+            images = self.clip.encode_image(rearrange(videos, "b c f h w -> (b f) c h w"))
+            texts = self.clip.encode_text(list(captions)).to(images.device)
         cosines = torch.einsum("b f d, b d -> b f", images.double().view(b, f, -1), texts.double())
         self.fake.append(cosines.mean(1, keepdim=True).float().to(self.device))
 
@@ -67,4 +68,4 @@ class CLIPSIM(VideoMetric):
         return self.compute(), [scores / len(scores)]
 
     def details(self) -> dict[str, Any]:
-        return {"backbone": self.clip.name}
+        return {"resize": CLIP_RESIZE, "backbone": self.clip.name}

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_modules.metrics.distances import Moments, frechet_of_moments, moment_influences
-from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
+from lightning_modules.metrics.video_metric import CLIP_RESIZE, VideoMetric, check_videos, exact
 from lightning_modules.metrics.weights import RANDOM, load_dict, located
 from models.inception import SIDE, WIDTH, Inception, random_inception
 
@@ -135,10 +135,10 @@ def keys(videos: Tensor) -> Tensor:
 class FrechetInceptionDistance(FrameMetric):
     """FID between the frames of generated and real clips; lower is better.
 
-    `weights` is pt_inception-2015-12-05-6726825d.pth by path or address, whose SHA-256 is known and always checked
-    (`sha256` is for a copy in another container, say); the name is then "fid". Without weights the network is random
-    with a fixed seed and the name is "fid_random". `resize` is one of RESIZE; any but "bilinear" is appended to the
-    name. `chunk` frames run at a time.
+    `weights` is pt_inception-2015-12-05-6726825d.pth by path or address, whose SHA-256 is known and checked; the name
+    is then "fid". Another file is taken only with its own `sha256`, as "fid_other". Without weights the network is
+    random with a fixed seed and the name is "fid_random". `resize` is one of RESIZE; any but "bilinear" is appended to
+    the name. `chunk` frames run at a time.
     """
 
     network: nn.Module
@@ -161,7 +161,8 @@ class FrechetInceptionDistance(FrameMetric):
         else:
             path, self.digest = located(weights, sha256 or INCEPTION, "Inception")
             network = load_inception(path)
-        self.name = ("fid_random" if weights is None else "fid") + ("" if resize == "bilinear" else f"_{resize}")
+        name = "fid_random" if weights is None else "fid" if self.digest == INCEPTION else "fid_other"
+        self.name = name + ("" if resize == "bilinear" else f"_{resize}")
         object.__setattr__(self, "network", network)  # past nn.Module's registration
         self.resize, self.chunk = resize, chunk
 
@@ -205,7 +206,4 @@ class CLIPFrechetDistance(FrameMetric):
         return torch.cat([self.clip.image_features(part) for part in frames.split(self.chunk)])
 
     def details(self) -> dict[str, Any]:
-        return {
-            "resize": "CLIP's own: short side to its input, bicubic, antialiased, centre crop",
-            "backbone": self.clip.name,
-        }
+        return {"resize": CLIP_RESIZE, "backbone": self.clip.name}

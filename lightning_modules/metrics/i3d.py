@@ -50,16 +50,22 @@ def is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def load_i3d(path: Path, digest: str, rgb_imagenet: bool = False) -> nn.Module:
+def load_i3d(path: Path, digest: str, rgb_imagenet: bool = False, expected: bool = False) -> nn.Module:
     """The network of a published weight file, folded, in evaluation mode on the CPU.
 
-    i3d_torchscript.pt (stylegan-v) is a TorchScript archive; i3d_pretrained_400.pt (VideoGPT, TATS) a dict in
-    piergiaj's layout with BN eps 1e-5; hassony2's layout has 1e-3. Raises ValueError for other files. rgb_imagenet.pt
-    has the same entries as i3d_pretrained_400.pt but other weights and eps 1e-3; it loads where `rgb_imagenet` says so.
-    Else what decides is what the network computes: see BLACK_TO_WHITE.
+    i3d_torchscript.pt (stylegan-v) is a TorchScript archive, a program: one of another digest is run only where that
+    was `expected`. i3d_pretrained_400.pt (VideoGPT, TATS) is a dict in piergiaj's layout with BN eps 1e-5; hassony2's
+    layout has 1e-3. Raises ValueError for other files. rgb_imagenet.pt has the same entries as i3d_pretrained_400.pt
+    but other weights and eps 1e-3; it loads where `rgb_imagenet` says so. Else what decides is what the network
+    computes: see BLACK_TO_WHITE.
     """
     net: nn.Module
     if is_torchscript(path):
+        if digest != TORCHSCRIPT and not expected:
+            raise ValueError(
+                f"{path} is a program (TorchScript) with the SHA-256 {digest}, not the known i3d_torchscript.pt; "
+                "give this SHA-256 with it if you trust it."
+            )
         with warnings.catch_warnings():  # TorchScript is deprecated, but the file is what it is
             warnings.simplefilter("ignore", FutureWarning)
             try:
@@ -144,8 +150,9 @@ class I3DMetric(VideoMetric):
         if weights is None:
             network = fold_batch_norm(random_i3d())
         else:
-            path, self.digest = located(weights, sha256, "I3D")
-            network = load_i3d(path, self.digest, rgb_imagenet)
+            known = str(weights).split("?")[0].endswith("i3d_torchscript.pt") and "://" in str(weights)
+            path, self.digest = located(weights, sha256 or (TORCHSCRIPT if known else None), "I3D")
+            network = load_i3d(path, self.digest, rgb_imagenet, expected=sha256 is not None)
         if resize == "inside" and not isinstance(network, torch.jit.ScriptModule):
             raise ValueError("Only i3d_torchscript.pt can resize inside the network.")
         self.name = self.measure + ("" if weights is not None else "_random")

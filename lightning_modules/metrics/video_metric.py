@@ -26,13 +26,20 @@ def check_videos(videos: Tensor, frames: int = 1) -> None:
         raise ValueError(f"The network needs clips of at least {frames} frames, and these have {videos.shape[2]}.")
 
 
+CLIP_RESIZE = "CLIP's own: short side to its input, bicubic, antialiased, centre crop"
+
+
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Feature networks in whole float32: no gradients, no autocast, no TF32 in cuDNN, whatever training has set."""
-    cudnn = torch.backends.cudnn
+    """Feature networks in whole float32: no gradients, no autocast, no TF32, whatever training has set."""
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
-        yield
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def bootstrap(

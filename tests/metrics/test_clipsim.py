@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_modules.metrics import CLIPSIM
+from lightning_modules.metrics.video_metric import CLIP_RESIZE
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 
@@ -50,7 +51,8 @@ def test_streamed_permuted_and_merged_equal_one_batch():
         metric.update(videos[order], [captions[i] for i in order])
     first.merge_state(second)
     torch.testing.assert_close(first.compute(), whole.compute())
-    assert whole.summary() == {"name": "clipsim", "n": 6, "frames": 4, "resolution": "8x8", "backbone": "colour"}
+    told = {"name": "clipsim", "n": 6, "frames": 4, "resolution": "8x8", "resize": CLIP_RESIZE, "backbone": "colour"}
+    assert whole.summary() == told
     assert first.summary() == whole.summary()
 
 

@@ -108,7 +108,7 @@ def test_resize_variants_are_named():
         FrechetInceptionDistance(resize="lanczos")
 
 
-def test_fid_by_inception(tmp_path):
+def test_fid_by_inception(tmp_path, monkeypatch):
     weights = random_inception(seed=4).state_dict() | {
         "fc.weight": torch.zeros(1008, 2048),
         "fc.bias": torch.zeros(1008),
@@ -118,7 +118,7 @@ def test_fid_by_inception(tmp_path):
         FrechetInceptionDistance(tmp_path / "inception.pth")
     digest = module.located(tmp_path / "inception.pth", None, "")[1]
     metric = FrechetInceptionDistance(tmp_path / "inception.pth", digest)
-    assert metric.name == "fid" and metric.summary()["weights"] == f"sha256:{digest}"
+    assert metric.name == "fid_other" and metric.summary()["weights"] == f"sha256:{digest}"
     assert metric.network.Mixed_7c.branch_pool.conv.weight.equal(weights["Mixed_7c.branch_pool.conv.weight"])
     assert not any(key.startswith("network") for key in metric.state_dict()) and not list(metric.parameters())
     frames = clips(1, 0, f=2)[0].transpose(0, 1)
@@ -127,6 +127,9 @@ def test_fid_by_inception(tmp_path):
         torch.testing.assert_close(metric.encode(frames), expected)
     metric.chunk = 1
     torch.testing.assert_close(metric.encode(frames).detach(), expected, rtol=1e-4, atol=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "INCEPTION", digest)  # as if it were the known file
+        assert FrechetInceptionDistance(tmp_path / "inception.pth").name == "fid"
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights of the FID's Inception"):
         module.load_inception(tmp_path / "other.pth")

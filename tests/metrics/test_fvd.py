@@ -33,9 +33,10 @@ def sha256(path):
 
 
 @pytest.fixture(autouse=True)
-def taken_for_published(monkeypatch):
+def taken_for_published(archive, monkeypatch):
     """Lets weights of our own pass for the published ones."""
     monkeypatch.setattr(features, "black_to_white", lambda net: features.BLACK_TO_WHITE)
+    monkeypatch.setattr(features, "TORCHSCRIPT", sha256(archive))
 
 
 BLACK_TO_WHITE_OF = features.black_to_white
@@ -307,13 +308,21 @@ def test_rgb_imagenet_is_refused(network, tmp_path, not_published):
 
 
 def test_what_tells_the_weights_apart(archive, monkeypatch, not_published):
+    assert FrechetVideoDistance(archive).name == "fvd"  # the known file needs no test
+    digest = sha256(archive)
+    monkeypatch.setattr(features, "TORCHSCRIPT", "0" * 64)
     with pytest.raises(ValueError, match=r"16 frames are 1600 apart"):  # 400 features of -1 and of 1
-        FrechetVideoDistance(archive)
+        FrechetVideoDistance(archive, digest)
     monkeypatch.setattr(features, "BLACK_TO_WHITE", 1590)
-    assert FrechetVideoDistance(archive).name == "fvd"
-    monkeypatch.setattr(features, "BLACK_TO_WHITE", 152.9175)
-    monkeypatch.setattr(features, "TORCHSCRIPT", sha256(archive))  # the known file needs no test
-    assert FrechetVideoDistance(archive).name == "fvd"
+    assert FrechetVideoDistance(archive, digest).name == "fvd"
+
+
+def test_a_program_that_nobody_knows_is_not_run(tmp_path):
+    """A TorchScript archive is code: only the known file, or one whose digest was given, is loaded."""
+    path = tmp_path / "other.pt"
+    torch.jit.script(nn.Identity()).save(str(path))
+    with pytest.raises(ValueError, match=f"is a program .* SHA-256 {sha256(path)}"):
+        FrechetVideoDistance(path)
 
 
 def test_a_wrong_digest_names_both(archive):
