@@ -127,7 +127,10 @@ def test_a_person_makes_films(address: str, browser: Any, trained: Config, tmp_p
     toast(browser, "broken.png: the image cannot be decoded")
     tab(browser, "vary")
     browser.upload("#vary-file0 input[type=file]", tmp_path / "huge.mp4")
-    toast(browser, "exceeds the maximum allowed size")
+    toast(browser, "exceed the maximum allowed size")
+    posted = "const form = new FormData(); form.append('files', new Blob([new Uint8Array(101 * 2 ** 20)]), 'huge.mp4');"
+    answer = "fetch('/gradio_api/upload', {method: 'POST', body: form}).then((answer) => answer.status)"
+    assert browser.js(f"(() => {{ {posted} return {answer}; }})()") == 413  # the server, too, refuses it
     assert not [p for p in (tmp_path / "tmp").rglob("*") if p.name in ("broken.png", "huge.mp4")]
 
     port = int(address.rstrip("/").rsplit(":", 1)[1])
