@@ -5,6 +5,9 @@ STAGE ?= decoder
 PROMPT ?= a 3D emoji of octopus
 ARGS ?=
 DATA ?= experiments/demo/pairs
+FORWARD ?= 1
+BACKWARD ?= 0
+BEFORE ?= a photo
 GPUS ?= 8
 VENV ?= .venv
 PYTHON ?= python3
@@ -18,7 +21,10 @@ READY := pyproject.toml
 endif
 RUN := $(VENV)/bin/python
 
-export PROMPT
+export PROMPT BEFORE
+# Of every film: SEED=3 PRESET=draft FORMATS=mp4,gif STOP=low.
+FILM = $(if $(SEED),seed=$(SEED)) $(if $(PRESET),cascade.preset=$(PRESET)) $(if $(STOP),stop=$(STOP)) \
+	$(if $(FORMATS),'formats=[$(FORMATS)]') $(if $(WEIGHT),weight=$(WEIGHT)) $(ARGS)
 # On a CPU a training step frees and takes the same gigabytes again and again; glibc gives them back to the system in
 # between, which costs a fifth of the step.
 export MALLOC_MMAP_MAX_ ?= 0
@@ -26,8 +32,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
-	finetune-video train-interpolation generate app eval-fvd eval-clipsim human-eval human-tally \
-	gallery report dashboard bench bench-model bench-data test golden lint clean
+	finetune-video train-interpolation generate animate between extend vary edit export curve app eval-fvd eval-clipsim \
+	human-eval human-tally gallery report dashboard bench bench-model bench-data bench-generate \
+	test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
@@ -83,8 +90,29 @@ finetune-video: $(READY) ## D^t from D on unlabeled clips; STAGE=sr_low or sr_hi
 train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
 	@$(RUN) -m experiments.train interpolation $(SIZE) $(ARGS)
 
-generate: $(READY) ## a film for PROMPT="..."
-	@$(RUN) -m experiments.generate $(SIZE) "$$PROMPT" $(ARGS)
+generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, FORMATS=mp4,webm,gif,webp,png; FROM=film again
+	@$(RUN) -m experiments.generate $(if $(FROM),again "$(FROM)" $(ARGS),$(SIZE) text "$$PROMPT" $(FILM))
+
+animate: $(READY) ## IMAGE=picture set in motion
+	@$(RUN) -m experiments.generate $(SIZE) animate "$(IMAGE)" $(FILM)
+
+between: $(READY) ## the passage from IMAGE=picture to TO=picture
+	@$(RUN) -m experiments.generate $(SIZE) between "$(IMAGE)" "$(TO)" $(FILM)
+
+extend: $(READY) ## what comes after VIDEO=film, FORWARD=1 times, and what came before, BACKWARD=0 times
+	@$(RUN) -m experiments.generate $(SIZE) extend "$(VIDEO)" forward=$(FORWARD) backward=$(BACKWARD) $(FILM)
+
+vary: $(READY) ## another film of what VIDEO=film shows
+	@$(RUN) -m experiments.generate $(SIZE) vary "$(VIDEO)" $(FILM)
+
+edit: $(READY) ## a film of IMAGE=picture moved from BEFORE="what it shows" towards PROMPT="what it becomes", WEIGHT=0.35
+	@$(RUN) -m experiments.generate $(SIZE) edit "$(IMAGE)" "$$PROMPT" before="$$BEFORE" $(FILM)
+
+export: $(READY) ## CLIP and the five networks of SIZE as one folder, runs/SIZE/pretrained, for MakeAVideo.from_pretrained
+	@$(RUN) -m experiments.export $(SIZE) $(ARGS)
+
+curve: $(READY) ## how far D^t's clips are from real ones by the number of network calls: runs/SIZE/curve/curve.svg
+	@$(RUN) -m experiments.curve $(SIZE) $(ARGS)
 
 app: $(VENV)/.app ## the cascade of SIZE as a page at 127.0.0.1: a tab for each use
 	@$(RUN) -m experiments.app $(SIZE) $(ARGS)
@@ -110,13 +138,16 @@ report: $(READY) ## one HTML page with curves, pictures and counts of all stages
 dashboard: $(READY) ## the W&B workspace of SIZE, a section for each stage, saved to your project (needs WANDB_API_KEY)
 	@$(RUN) -m experiments.dashboard $(SIZE) $(ARGS)
 
-bench: bench-model bench-data ## all benchmarks
+bench: bench-model bench-data bench-generate ## all benchmarks
 
 bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside published ones
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
 
 bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit and common loaders
 	@$(RUN) -m experiments.bench_data $(ARGS)
+
+bench-generate: $(READY) ## seconds and memory of each stage of a film at every size, and what the cascade adds to its networks
+	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_generate $(ARGS)
 
 # Extras: what the benchmarks measure us against, and what draws the page.
 $(VENV)/.bench $(VENV)/.app: $(VENV)/.%: $(READY)

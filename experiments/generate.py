@@ -149,7 +149,7 @@ def film_again(path: Path, overrides: list[str]) -> tuple[tuple[Path, Path], Mak
     """
     note = read_note(path)
     request, settings, dtype = films.remake(note, str(path))
-    config = load(str(note.get("size", "")), overrides)
+    config = load(str(note.get("size", "")), overrides, section="generate")
     config.cascade = settings
     maker = make_cascade(config)
     maker.dtype = dtype

@@ -1,61 +1,41 @@
 """The whole cascade, y = SR_h . SR_l^t . upF . D^t . P (BPE(x), CLIP_text(x)) (paper, eq. 1): a method per arrow."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from models.clip import Clip, scaled
-from models.diffusion import Diffusion, low_res_condition, split_variance
+from models.diffusion import low_res_condition
 from models.samplers import SAMPLERS, Denoise, Draw, guided, guided_at_once, seeded_draw, shared_over_frames
 from models.sampling import STAGES, CascadeConfig, SamplingConfig, correlated
+from models.stages import (
+    STOPS,
+    Denoisers,
+    Film,
+    OnStep,
+    Stage,
+    again,
+    at_once_pays,
+    check_seeds,
+    pixel_denoiser,
+    stream,
+    windows,
+)
 
-__all__ = ["CascadeConfig", "Film", "MakeAVideo", "OnStep", "SamplingConfig", "Stage", "pixel_denoiser", "stream"]
-
-OnStep = Callable[[str, int, int], None]
-"""Called after each step of a sampler with (stage, steps made, steps in all). What it raises ends the film."""
-
-Denoisers = Callable[[Sequence[bool]], Denoise]
-"""denoisers(drops): the denoiser of a batch, once for each flag, without its condition where the flag is set."""
-
-STOPS = ("embedding", "decoded", "interpolated", "low", "high")
-
-
-@dataclass
-class Stage:
-    """A trained network, the process it inverts, and the side in pixels of what it makes (0 for the prior)."""
-
-    net: nn.Module
-    diffusion: Diffusion
-    size: int = 0
-
-
-@dataclass
-class Film:
-    """What each arrow made, None where it was not asked for; clips are `b 3 f h w` in [-1, 1]."""
-
-    embedding: Tensor
-    decoded: Tensor | None = None
-    interpolated: Tensor | None = None
-    low: Tensor | None = None
-    high: Tensor | None = None
-    fps: float = 0.0  # of `interpolated` and what follows
-    decoded_fps: float = 0.0
-
-    def clips(self) -> dict[str, Tensor]:
-        """What there is of decoded, interpolated, low and high, in this order."""
-        made = {name: getattr(self, name) for name in STOPS[1:]}
-        return {name: clip for name, clip in made.items() if clip is not None}
-
-    def last(self) -> tuple[Tensor, float]:
-        """The clip of the last stage that ran, and its frame rate. Raises ValueError where there is none."""
-        if not (clips := self.clips()):
-            raise ValueError("this film ends with its embedding: there is no clip.")
-        name, clip = list(clips.items())[-1]
-        return clip, self.decoded_fps if name == "decoded" else self.fps
+__all__ = [
+    "STOPS",
+    "CascadeConfig",
+    "Film",
+    "MakeAVideo",
+    "OnStep",
+    "SamplingConfig",
+    "Stage",
+    "pixel_denoiser",
+    "stream",
+]
 
 
 class MakeAVideo:
@@ -220,16 +200,7 @@ class MakeAVideo:
         skip, b, frames = self.config.skip, len(clip), (clip.shape[2] - 1) * self.config.skip + 1
         given = torch.zeros(b, 4, frames, *clip.shape[3:], device=self.device)
         given[:, :3, ::skip], given[:, 3, ::skip] = clip.to(self.device), 1
-        span = (self.config.window - 1) // skip * skip if self.config.window else frames - 1
-        span = max(span, skip)
-        cuts = [*range(0, max(frames - 1, 1), span), frames - 1]
-        spans = [(a, e + 1) for a, e in zip(cuts, cuts[1:], strict=False)]
-        # those of one length are sampled together, so the shorter last one is not
-        n = self.config.windows
-        alike = [
-            [s for s in spans if s[1] - s[0] == length] for length in sorted({e - a for a, e in spans}, reverse=True)
-        ]
-        groups = [group[i : i + n] for group in alike for i in range(0, len(group), n)]
+        groups = windows(frames, self.config.window, skip, self.config.windows)
         parts: list[Tensor] = []
         for i, group in enumerate(groups):
             whole = self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:]))
@@ -305,7 +276,7 @@ class MakeAVideo:
         """Run a stage's sampler. A GPU makes both halves of guidance in one call; a CPU gains nothing by it."""
         config = self.config.sampling(name)
         times = stage.diffusion.times(config.steps, self.device)
-        once = self.device.type != "cpu" and config.guidance != 1
+        once = config.guidance != 1 and at_once_pays(self.device)
         if once:
             step = guided_at_once(denoisers([False, True]), config.guidance, config.rescale)
         else:
@@ -338,31 +309,3 @@ class MakeAVideo:
     def draw(self, seeds: Sequence[int], name: str, shape: Sequence[int], turn: int = 0) -> Draw:
         """Noise of each sample for one stage, from (seed, stage, turn)."""
         return seeded_draw([stream(seed, name, turn) for seed in seeds], shape, self.device)
-
-
-def again(values: Any, times: Sequence[Any]) -> Any:
-    """A batch once for each of `times`, one after the other; None stays None."""
-    return values if values is None or len(times) == 1 else torch.cat([values] * len(times))
-
-
-def check_seeds(seeds: Sequence[int], n: int) -> None:
-    """Raises ValueError where there is not a seed for each sample, or one is negative."""
-    if len(seeds) != n:
-        raise ValueError(f"{n} samples need as many seeds, not {len(seeds)}.")
-    if any(not 0 <= seed < 2**48 for seed in seeds):
-        raise ValueError(f"seeds are whole numbers from 0 to 2^48 - 1, not {', '.join(map(str, seeds))}.")
-
-
-def stream(seed: int, name: str, index: int = 0) -> int:
-    """The seed of one stage's noise, so that no two stages of a film share theirs."""
-    return (seed * len(STAGES) + STAGES.index(name)) * 1009 + index
-
-
-def pixel_denoiser(net: nn.Module, diffusion: Diffusion, **conditions: Any) -> Denoise:
-    """The denoiser of a pixel network under fixed conditions. Its x0 is not clipped: guidance comes first."""
-
-    def denoise(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        prediction, fraction = split_variance(net(z, t, **conditions).float(), z.shape[1])
-        return diffusion.to_x0(prediction, z, t), fraction
-
-    return denoise

@@ -61,7 +61,7 @@ class CascadeConfig:
     candidates: int = 2  # embeddings drawn by the prior, of which the closest to the text is kept
     window: int = 16  # frames of an interpolation window, which share their end keyframes; 0 = all frames at once
     windows: int = 5  # interpolation windows that are sampled together
-    tile: int = 32  # frames that a layer of SR_l^t works on at a time, two more on either side; 0 = all
+    tile: int = 16  # frames that a layer of SR_l^t works on at a time, two more on either side; 0 = all
     chunk: int = 8  # frames that SR_h works on at a time
     compile: bool = False  # torch.compile the networks: minutes, once, that many films on a GPU pay back
     prior: SamplingConfig = field(default_factory=SamplingConfig)

@@ -239,7 +239,11 @@ class UNet(nn.Module):
         for block in self.middle:
             h = through(block, (h,), time, frames, context, tile)
         for block in self.up:
-            h = through(block, (h, skips.pop()) if block.joins_skip else (h,), time, frames, context, tile)
+            if block.joins_skip and not tile:  # whole, so that neither part outlives it
+                h = torch.cat((h, skips.pop()), dim=1)
+                h = block(h, time, frames, context)
+            else:
+                h = through(block, (h, skips.pop()) if block.joins_skip else (h,), time, frames, context, tile)
         h = in_tiles(lambda x, count: self.conv_out(self.norm_out(x), count), (h,), frames, tile, reach=1)
         if self.config.residual and low_res is not None:
             h = torch.cat((h[:, :3] + x[:, 3:], h[:, 3:]), dim=1)

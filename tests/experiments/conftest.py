@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from experiments import build
 from experiments.config import Config, load
 from experiments.demo import train_all
 
@@ -175,3 +177,31 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     found = Browser(program, tmp_path)
     yield found
     found.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro page whose stages have weights, though nobody trained them: for what films are, not what they show."""
+    folder = tmp_path_factory.mktemp("untrained")
+    config = micro(folder)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    for stage in build.wanted(config):
+        weights = build.network(config, stage).state_dict()
+        for key, value in weights.items():
+            if "conv_out" in key and value.ndim == 4:  # begins at zero
+                weights[key] = torch.randn_like(value) * 0.05
+        path = build.run_folder(config, stage)
+        path.mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in weights.items()}, path / "weights.safetensors")
+    torch.set_rng_state(state)
+    return folder / "micro.yaml"

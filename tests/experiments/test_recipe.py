@@ -51,13 +51,13 @@ def facts(config: Config, stage: str) -> dict[str, Any]:
         "batch": RANKS * part.trainer.batch_size * part.trainer.accumulate,
         "iterations": part.trainer.max_steps,
         "schedule": part.diffusion.schedule,
-        "steps": getattr(config.cascade, stage).steps,
+        "steps": config.cascade.sampling(stage).steps,
     }
     if stage == "prior":
         model = part.model
         return found | {"width": model.width, "depth": model.depth, "heads": model.width // model.head_width}
     found |= {name: getattr(part.unet, name) for name in ("blocks", "multiples", "dropout")}
-    found["sampler"] = getattr(config.cascade, stage).sampler
+    found["sampler"] = config.cascade.sampling(stage).sampler
     found["attention"] = [64 // factor for factor in part.unet.attention]
     return found | ({"crop": part.crop / part.size} if stage != "decoder" else {})
 

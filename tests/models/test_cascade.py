@@ -1,53 +1,17 @@
 """The cascade with small random networks: what each arrow keeps, and that a sample is its seed alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
-from models.cascade import CascadeConfig, MakeAVideo, SamplingConfig, Stage, stream
+from models.cascade import SamplingConfig, stream
 from models.clip import scaled
-from models.diffusion import Diffusion, DiffusionConfig
-from models.prior import Prior, PriorConfig
 from models.samplers import SAMPLERS
-from models.unet import UNet, UNetConfig
+from models.stages import windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE = UNetConfig(width=8, multiples=[1, 2], blocks=1, attention=[2], head_width=8, embedding_width=16)
-UPSAMPLER = replace(SHAPE, embedding_width=0, low_res=True, attention=[])
-CONFIG = CascadeConfig(
-    prior=SamplingConfig("ddpm", 3, 2.0),
-    decoder=SamplingConfig("ddpm", 2, 2.0),
-    interpolation=SamplingConfig("ddpm", 2),
-    sr_low=SamplingConfig("ddim", 2, noise_level=200),
-    sr_high=SamplingConfig("ddpm", 2, noise_level=200),
-)
 PROMPTS, SEEDS = ["a red fox", "two blue cars"], [7, 11]
-
-
-def calm(net: nn.Module, randomise) -> nn.Module:
-    """Random everywhere, but with outputs that seldom leave [-1, 1], where clipping would hide differences."""
-    randomise(net)
-    with torch.no_grad():
-        net.conv_out.spatial.weight.mul_(0.2)
-    return net
-
-
-@pytest.fixture
-def cascade(clip, randomise):
-    process = Diffusion(DiffusionConfig(prediction="x0"))
-    shape = PriorConfig(width=16, depth=1, head_width=16, embedding_width=16, context_length=12)
-    return MakeAVideo(
-        clip,
-        prior=Stage(randomise(Prior(shape)), process),
-        decoder=Stage(calm(UNet(SHAPE, temporal=True), randomise), process, 8),
-        interpolation=Stage(calm(UNet(SHAPE, temporal=True, masked=True), randomise), process, 8),
-        sr_low=Stage(calm(UNet(UPSAMPLER, temporal=True), randomise), process, 12),
-        sr_high=Stage(calm(UNet(UPSAMPLER), randomise), process, 16),
-        config=replace(CONFIG),
-    )
 
 
 @pytest.fixture
@@ -220,6 +184,116 @@ def test_an_empty_prompt_is_refused(cascade, prompt):
         cascade.text_to_video(["a fox", prompt], SEEDS)
 
 
+def test_a_film_that_stops(cascade, monkeypatch):
+    whole = cascade.text_to_video(PROMPTS, SEEDS)
+    names = ("decoded", "interpolated", "low", "high")
+    monkeypatch.setattr(cascade, "sr_high", None)  # what is not asked for does not run
+    for i, stop in enumerate(("embedding", *names[:3])):
+        film = cascade.text_to_video(PROMPTS, SEEDS, stop)
+        assert list(film.clips()) == list(names[:i]) and torch.equal(film.embedding, whole.embedding)
+        for name, clip in film.clips().items():
+            assert torch.equal(clip, getattr(whole, name))
+    clip, fps = film.last()
+    assert clip is film.low and fps == 30.0
+    assert cascade.text_to_video(PROMPTS, SEEDS, "decoded").last()[1] == 6.0
+    alone = cascade.text_to_video(PROMPTS, SEEDS, "low", intermediates=False)
+    assert list(alone.clips()) == ["low"] and torch.equal(alone.low, whole.low)
+    with pytest.raises(ValueError, match="no stage 'end' .* embedding, decoded, interpolated, low, high"):
+        cascade.text_to_video(PROMPTS, SEEDS, "end")
+    with pytest.raises(ValueError, match="no clip"):
+        cascade.text_to_video(PROMPTS, SEEDS, "embedding").last()
+
+
+@pytest.mark.parametrize("keys, skip", [(1, 5), (2, 5), (5, 5), (16, 2), (9, 3), (4, 20)])
+def test_any_number_of_frames_and_any_skip(cascade, keys, skip):
+    """Windows that do not divide the film leave a shorter one; all of them keep the given frames."""
+    cascade.config.skip = skip
+    clip = torch.rand(1, 3, keys, 8, 8) * 1.6 - 0.8
+    dense = cascade.interpolate(clip, torch.randn(1, 16), 6.0, [3])
+    assert dense.shape[2] == (keys - 1) * skip + 1 and torch.equal(dense[:, :, ::skip], clip)
+    assert dense.isfinite().all()
+
+
+def test_windows_together_or_in_turn_are_the_same(cascade, keyframes):
+    embedding = torch.randn(2, 16)
+    together = cascade.interpolate(keyframes, embedding, 6.0, SEEDS)
+    for n in (1, 2, 3):
+        cascade.config.windows = n
+        close(cascade.interpolate(keyframes, embedding, 6.0, SEEDS), together)
+
+
+def test_given_frames_anywhere(cascade):
+    clip, known = torch.rand(2, 3, 16, 8, 8) * 1.6 - 0.8, torch.arange(16) % 7 == 0
+    made = cascade.complete(clip, known, torch.randn(2, 16), 6.0, SEEDS)
+    assert torch.equal(made[:, :, known], clip[:, :, known])
+    torch.manual_seed(1)
+    other = torch.where(known[:, None, None], clip, torch.rand_like(clip))  # what is not given is not looked at
+    torch.manual_seed(0)
+    embedding = torch.randn(2, 16)
+    a = cascade.complete(clip, known, embedding, 6.0, SEEDS)
+    assert torch.equal(a, cascade.complete(other, known, embedding, 6.0, SEEDS))
+    assert not torch.allclose(a, cascade.complete(clip, known, embedding, 6.0, SEEDS, turn=2))
+
+
+@pytest.mark.parametrize("tile", [1, 5, 16])
+def test_sr_low_in_tiles(cascade, keyframes, tile):
+    cascade.config.tile = 0
+    whole = cascade.upsample_low(keyframes, 30.0, SEEDS)
+    cascade.config.tile = tile
+    close(cascade.upsample_low(keyframes, 30.0, SEEDS), whole)
+    assert cascade.most_frames["sr_low"] == 2 * 16
+    cascade.most_frames.clear()
+    cascade.upsample_low(keyframes[:1], 30.0, SEEDS[:1])
+    assert cascade.most_frames["sr_low"] == min(16, tile + 4)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_both_halves_of_guidance_at_once(cascade, monkeypatch, name):
+    """In one call of twice the batch, as on a GPU: the same to rounding."""
+    cascade.config.prior = SamplingConfig("ddpm", 3, 2.0, rescale=0.5)
+    cascade.config.decoder = SamplingConfig("ddpm", 3, 2.0, rescale=0.5)
+    calls = []
+    stage = getattr(cascade, name)
+    stage.net.register_forward_pre_hook(lambda net, args: calls.append(len(args[0])))
+
+    def run():
+        return cascade.embed(PROMPTS, SEEDS) if name == "prior" else cascade.decode(torch.ones(2, 16), 6.0, SEEDS)
+
+    in_turn, rows = run(), calls[0]
+    assert calls == [rows] * 6
+    monkeypatch.setattr("models.cascade.at_once_pays", lambda device: True)
+    close(run(), in_turn)
+    assert calls[6:] == [2 * rows] * 3
+
+
+@pytest.mark.parametrize(
+    "kind, wanted", [("independent", 0.0), ("mixed", 100 / 101), ("progressive", (100 / 101) ** 7.5)]
+)
+def test_frames_that_share_their_first_noise(cascade, kind, wanted):
+    """The covariance of the first frame's noise and the last's, or of far ones', in what the network sees first."""
+    cascade.config.decoder = SamplingConfig("ddim", 1, noise=kind, alpha=10.0)
+    seen = []
+    cascade.decoder.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    both = cascade.decode(torch.ones(2, 16), 6.0, [1, 2])
+    first, last = seen[0][:, :, 0].flatten(), seen[0][:, :, 15].flatten()
+    assert (first * last).mean() / first.square().mean() == pytest.approx(wanted, abs=0.12)
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=0.5)
+    close(both[:1], cascade.decode(torch.ones(1, 16), 6.0, [1]))
+
+
+@pytest.mark.parametrize("frames", [0, -1, 10**6])
+def test_impossible_numbers_of_frames_are_refused(cascade, frames):
+    with pytest.raises(ValueError, match=f"a clip of {frames} frames cannot be made"):
+        cascade.decode(torch.ones(1, 16), 6.0, [1], frames=frames)
+
+
+def test_a_seed_for_each_sample(cascade):
+    with pytest.raises(ValueError, match="2 samples need as many seeds, not 1"):
+        cascade.embed(PROMPTS, [1])
+    with pytest.raises(ValueError, match="not 1, -1"):
+        cascade.embed(PROMPTS, [1, -1])
+
+
 def test_an_unknown_sampler_is_named(cascade):
     cascade.config.decoder = SamplingConfig("euler", 2)
     with pytest.raises(ValueError, match="cascade.decoder.sampler 'euler' .* ddpm, ddim, dpmpp_2m"):
@@ -229,3 +303,21 @@ def test_an_unknown_sampler_is_named(cascade):
 def test_the_networks_are_frozen(cascade):
     for stage in (cascade.prior, cascade.decoder, cascade.interpolation, cascade.sr_low, cascade.sr_high):
         assert not stage.net.training and not any(p.requires_grad for p in stage.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "frames, length, skip, together, wanted",
+    [
+        (76, 16, 5, 5, [[(0, 16), (15, 31), (30, 46), (45, 61), (60, 76)]]),
+        (76, 16, 5, 3, [[(0, 16), (15, 31), (30, 46)], [(45, 61), (60, 76)]]),
+        (121, 0, 5, 5, [[(0, 121)]]),
+        (41, 16, 5, 5, [[(0, 16), (15, 31)], [(30, 41)]]),
+        (31, 16, 2, 9, [[(0, 15), (14, 29)], [(28, 31)]]),
+        (41, 16, 20, 5, [[(0, 21), (20, 41)]]),
+        (6, 16, 5, 5, [[(0, 6)]]),
+        (1, 16, 5, 5, [[(0, 1)]]),
+        (1, 0, 5, 5, [[(0, 1)]]),
+    ],
+)
+def test_windows_of_a_film(frames, length, skip, together, wanted):
+    assert windows(frames, length, skip, together) == wanted

@@ -1,0 +1,48 @@
+"""The benchmark of films: every stage has a row, and what is too large is said to be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import bench_generate
+from experiments.bench_generate import Bench, call_inputs, chunks, main, traced
+from experiments.config import load
+from models.sampling import STAGES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_rows_of_a_film(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bench" / "generate.json"
+    main([f"sizes=[{page},small]", "steps=1", "largest=0.05", f"output={output}"])
+    text = capsys.readouterr().out
+    rows = json.loads(output.read_text())
+    assert [row["stage"] for row in rows] == [*STAGES] * 2
+    small = {row["stage"]: row for row in rows[5:]}
+    assert small["sr_high"]["seconds"] is None and "| small | sr_high | 60 |" in text and "not measured" in text
+    for row in rows[:5]:
+        assert 0 < row["rate"] <= row["bare"] and 0 <= row["overhead"] < 1
+        assert row["seconds"] > 0 and row["memory"] > 0 and row["tflop"] > 0
+    assert "micro: a film takes" in text
+
+
+def test_calls_and_inputs_of_a_film() -> None:
+    """76 frames at the page base's sides; SR_h in ten chunks."""
+    config = load("base", ["cascade.preset=paper"])
+    assert chunks(config) == 10
+    row = traced(config, "prior", "cpu", True)
+    assert row.calls == 64 and row.memory > 4 * 300e6 and row.tflop > 0.05
+    with torch.device("meta"):
+        net = bench_generate.build.network(config, "sr_low_video")
+        inputs = call_inputs(config, "sr_low", net)
+    assert inputs["x"].shape == (1, 3, 76, 256, 256) and inputs["tile"] == config.cascade.tile
+    assert Bench().sizes == ["tiny", "small", "base", "paper"]
+
+
+def test_tiles_bound_the_memory_of_a_call() -> None:
+    """Of SR_l^t on 36 frames: beside the features that are kept between layers, those of a tile."""
+    pages = [load("tiny", [f"cascade.tile={tile}", "cascade.frames=8"]) for tile in (4, 0)]
+    tiled, whole = (traced(page, "sr_low", "cpu", True).memory for page in pages)
+    assert tiled < 0.8 * whole

@@ -1,0 +1,63 @@
+"""The curve of quality against calls: measured once, gone on with, and drawn as a picture that stands alone."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import build, curve
+from experiments.config import load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Means:
+    """In place of I3D: the mean colours of a clip's frames."""
+
+    name = "means"
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def features(self, clips: Tensor) -> Tensor:
+        return clips.float().mean(dim=(3, 4)).flatten(1)[:, :6]
+
+
+def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(curve, "FrechetVideoDistance", Means)
+    monkeypatch.setattr(curve, "POINTS", {"ddim": (1, 4), "dpmpp_2m": (2, 25)})
+    arguments = [str(page), "samples=3", "batch_size=2"]
+    curve.main(arguments)
+    folder = build.run_folder(load(str(page)), "curve")
+    first = (folder / "curve.json").read_text()
+    found = json.loads(first)
+    assert {name: list(steps) for name, steps in found["distances"].items()} == {
+        "ddim": ["1", "4"],
+        "dpmpp_2m": ["2", "25"],
+    }
+    assert found["metric"] == "means" and found["samples"] == 3
+    ratio = found["distances"]["dpmpp_2m"]["25"] / found["distances"]["ddim"]["4"]
+    assert found["standard"]["over_ddim_250"] == pytest.approx(ratio)
+    assert len(list(folder.glob("ddim-4-*.safetensors"))) == 2  # a file for each batch
+    # what a killed command has not done is done by the next, with the same numbers
+    sorted(folder.glob("ddim-4-*.safetensors"))[0].unlink()
+    (folder / "curve.svg").unlink()
+    capsys.readouterr()
+    curve.main(arguments)
+    assert (folder / "curve.json").read_text() == first
+    assert "standard (dpmpp_2m, 25 steps) is at" in capsys.readouterr().out
+    picture = ElementTree.parse(folder / "curve.svg").getroot()
+    marks = [node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"ddim", "dpmpp_2m", "5", "10"} <= set(marks)
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 4
+
+
+def test_more_calls_are_further_right_and_less_distance_further_down() -> None:
+    text = curve.plot({"ddim": {5: 9.0, 250: 1.0}}, "fvd_random", 16)
+    dots = [node for node in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}circle")]
+    (x, y), (x2, y2) = ((float(dot.get("cx", 0)), float(dot.get("cy", 0))) for dot in dots)
+    assert x < x2 and y < y2
+    assert torch.tensor([x, x2, y, y2]).isfinite().all()
