@@ -33,12 +33,12 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .DEFAULT_GOAL := help
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
 	finetune-video train-interpolation generate animate between extend vary edit export curve app eval-fvd eval-clipsim \
-	human-eval human-tally gallery report dashboard bench bench-model bench-data bench-generate \
-	test golden lint clean
+	eval-fid eval-is eval-ucf101 eval-msrvtt human-eval human-tally gallery report dashboard bench bench-model \
+	bench-data bench-generate bench-metrics test golden lint clean
 
 help: ## print this list
 	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)
 
@@ -123,6 +123,18 @@ eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random with
 eval-clipsim: $(READY) ## CLIP similarity of prompts and generated clips
 	@$(RUN) -m experiments.evaluate clipsim $(SIZE) $(ARGS)
 
+eval-fid: $(READY) ## Frechet distance of frames, by Inception-v3 and by CLIP
+	@$(RUN) -m experiments.evaluate fid $(SIZE) $(ARGS)
+
+eval-is: $(READY) ## video inception score, by C3D
+	@$(RUN) -m experiments.evaluate is $(SIZE) $(ARGS)
+
+eval-ucf101: $(READY) ## the paper's UCF-101 benchmark: FVD, KVD, IS beside published rows (ARGS="ucf101=folder ...")
+	@$(RUN) -m experiments.evaluate ucf101 $(SIZE) $(ARGS)
+
+eval-msrvtt: $(READY) ## the paper's MSR-VTT benchmark: FID, CLIP-FID, CLIPSIM beside published rows (ARGS="msrvtt=folder ...")
+	@$(RUN) -m experiments.evaluate msrvtt $(SIZE) $(ARGS)
+
 human-eval: $(READY) ## a page on which people compare the films of two folders, A=folder B=folder
 	@$(RUN) -m experiments.human_eval "$(A)" "$(B)" $(ARGS)
 
@@ -138,7 +150,7 @@ report: $(READY) ## one HTML page with curves, pictures and counts of all stages
 dashboard: $(READY) ## the W&B workspace of SIZE, a section for each stage, saved to your project (needs WANDB_API_KEY)
 	@$(RUN) -m experiments.dashboard $(SIZE) $(ARGS)
 
-bench: bench-model bench-data bench-generate ## all benchmarks
+bench: bench-model bench-data bench-generate bench-metrics ## all benchmarks
 
 bench-model: $(VENV)/.bench ## speed and memory of the video U-Net beside published ones
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_model $(ARGS)
@@ -148,6 +160,9 @@ bench-data: $(VENV)/.bench ## images and clips a second, beside the bare limit a
 
 bench-generate: $(READY) ## seconds and memory of each stage of a film at every size, and what the cascade adds to its networks
 	@KINETO_LOG_LEVEL=5 $(RUN) -m experiments.bench_generate $(ARGS)
+
+bench-metrics: $(READY) ## I3D's features a second beside the plain network, and seconds of the distances
+	@$(RUN) -m experiments.bench_metrics $(ARGS)
 
 # Extras: what the benchmarks measure us against, and what draws the page.
 $(VENV)/.bench $(VENV)/.app: $(VENV)/.%: $(READY)

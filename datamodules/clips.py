@@ -23,6 +23,7 @@ Span = tuple[float, float]  # start and end in seconds from a video's first fram
 
 LARGEST_CLIP = 76 * 3840 * 2160  # pixels of all its frames, as they are decoded at full size: 1.9 GB
 UPRIGHT: tuple[int, ...] = (1, 0, 0, 1)  # signs of a display matrix that turns nothing
+PLACE_HOLDER = 19  # bytes at most, of the empty frame that follows two in one packet (Xvid in AVI, as in UCF-101)
 ROUNDING = 1e-3  # seconds: lists of spans have milliseconds, and so have the times in webm and mkv files
 
 
@@ -151,6 +152,7 @@ class Video:
     plain: bool  # decord can be trusted with it
     size: int  # pixels of a frame
     matrix: tuple[int, ...] = UPRIGHT  # signs; the pixel (x, y) is shown at (a x + c y, b x + d y)
+    packed: bool = False  # two frames in one packet and a place holder in the next: only counting tells them apart
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """The frames at rising indices, uint8 (n, h, w, 3), upright. Raises ValueError for what cannot be decoded."""
@@ -164,6 +166,8 @@ class Video:
 
     def _stored_frames(self, indices: np.ndarray) -> np.ndarray:
         try:
+            if self.packed:
+                return self._frames_by_count(indices)
             if self.plain:
                 try:
                     # One thread: the workers are parallel already.
@@ -190,6 +194,19 @@ class Video:
                 if frame.pts is not None and frame.pts >= wanted[-1]:
                     break
         return np.stack([found[stamp] for stamp in wanted.tolist()])
+
+    def _frames_by_count(self, indices: np.ndarray) -> np.ndarray:
+        # From the first frame on: a seek, as decord makes it, lands frames away from the one that was meant.
+        found: dict[int, np.ndarray] = {}
+        with av.open(_file(self.source), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number in indices:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                if number == indices[-1]:
+                    break
+        return np.stack([found[index] for index in indices.tolist()])
 
 
 def _file(source: str | bytes) -> Any:
@@ -232,7 +249,7 @@ def open_video(source: str | Path | bytes) -> Video:
     stamps: list[int] = []
     keys: list[int] = []
     counts: Counter[int] = Counter()
-    open_groups, cut_off = False, False
+    open_groups, cut_off, packed = False, False, False
     try:
         with av.open(_file(source), metadata_errors="ignore") as container:
             stream = container.streams.video[0]
@@ -247,6 +264,7 @@ def open_video(source: str | Path | bytes) -> Video:
                 if packet.stream_index != stream.index or packet.pts is None or packet.is_discard:
                     continue
                 stamps.append(packet.pts)
+                packed |= packet.size <= PLACE_HOLDER and stream.codec_context.name == "mpeg4"
                 if packet.is_keyframe:
                     keys.append(packet.pts)
                 open_groups |= bool(keys) and packet.pts < keys[-1]
@@ -266,7 +284,7 @@ def open_video(source: str | Path | bytes) -> Video:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             matrix = display_matrix(file, track)
     plain &= matrix == UPRIGHT  # decord turns frames by 180 degrees, and fails at those to be turned by 90
-    return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain, size, matrix)
+    return Video(source, rising, (rising - rising[0]) * float(unit), np.sort(keys), plain, size, matrix, packed)
 
 
 def choose_span(times: np.ndarray, spans: Sequence[Span], frames: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -148,14 +148,38 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Of `make eval-fvd` and `make eval-clipsim`."""
+    """Of the `make eval-...` commands."""
 
-    samples: int = 32  # generated clips, and real ones
+    clips: str = ""  # real clips, anything that data.clips may be; empty = data.clips
+    prompts: str = ""  # .txt with one a line, .csv, .json or .jsonl; empty = the names in the CSV of the real clips
+    prompt: str = "{}"  # how one of those names becomes a prompt; names are for evaluation alone
+    generated: str = ""  # clips to score in place of generating some, anything that data.clips may be
+    folder: str = ""  # where generated clips are kept; empty = <runs>/<size>/evaluate/samples, ucf101 or msrvtt
+    samples: int = 32  # generated clips, and real ones; 0 = one for each prompt
     batch_size: int = 8
-    output: str = "decoded"  # which clips: decoded | interpolated | low | high
-    prompt: str = "{}"  # how a clip's name in the CSV becomes a prompt; names are for evaluation alone
-    i3d: str = ""  # path of the I3D weights; empty = a random network, and the number is called fvd_random
+    output: str = ""  # decoded | upsampled | interpolated | low | high; empty = upsampled for benchmarks, else decoded
+    fps: float = 0.0  # of the decoder's clips, 0 = cascade.fps; real clips are read at the rate of the generated ones
+    resolution: int = 0  # side that all clips are made before they are scored, 0 = that of the generated ones
+    workers: int = 2  # processes that read clips
+    devices: str = "auto"  # that generate, on each machine
+    accelerator: str = "auto"
+    ucf101: str = ""  # the folder with UCF-101/ and ucfTrainTestlist/
+    ucf101_samples: int = 10_000
+    msrvtt: str = ""  # the folder with test_videodatainfo.json and TestVideo/
+    msrvtt_split: str = "test"  # of its videos: train | validate | test
+    msrvtt_captions: str = "all"  # all, as in the paper, or one for each video, as in many later ones
+    msrvtt_samples: int = 0  # the first so many of them, 0 = all
+    i3d: str = ""  # path or address of the I3D weights; empty = a random network, and the number is called fvd_random
     i3d_sha256: str = ""
+    c3d: str = ""  # of the C3D weights of IS, likewise, and
+    c3d_sha256: str = ""
+    c3d_mean: str = ""  # of the mean cube they were trained with
+    c3d_mean_sha256: str = ""
+    splits: int = 10  # of IS
+    inception: str = ""  # of the Inception-v3 weights of FID, likewise
+    inception_sha256: str = ""
+    clip_name: str = ""  # open_clip model of CLIPSIM and CLIP-FID, as ViT-B-32; empty = the cascade's own CLIP
+    clip_pretrained: str = ""  # its open_clip tag (downloaded), or path of a checkpoint
 
 
 @dataclass

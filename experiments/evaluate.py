@@ -1,122 +1,129 @@
-"""`python -m experiments.evaluate fvd|clipsim SIZE [key=value ...]`: score generated clips.
+"""`python -m experiments.evaluate WHAT SIZE [key=value ...]`: generate clips and score them, beside published scores.
 
-The prompts are the names of the clips in the CSV, which no training reads. Results go to
-`<runs>/<size>/evaluate/<metric>.json`.
+fvd, clipsim, fid, is   of any prompts and any real clips, `evaluate.prompts=` and `evaluate.clips=`; by default the
+                        names in the CSV of data.clips, which no training reads. `evaluate.generated=` scores clips that
+                        are there already.
+ucf101, msrvtt          the paper's benchmarks; `evaluate.ucf101=` and `evaluate.msrvtt=` are the folders of the sets.
+
+Samples are kept in `<runs>/<size>/evaluate/` (`experiments.sampling`); scores go to `WHAT.json` and `WHAT.md` there,
+and to W&B. Under torchrun or SLURM all processes generate, and the first one scores.
 """
 
-import csv
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from datamodules.video import VideoDataModule
+from datamodules.video_sources import Clip, list_clips
 from experiments import build
+from experiments.benchmarks import Task, folder_task, msrvtt, read_prompts, ucf101
 from experiments.cli import for_people
-from experiments.config import Config, load
-from experiments.generate import make_cascade
-from lightning_modules.metrics.clipsim import CLIPSIM
-from lightning_modules.metrics.fvd import FrechetVideoDistance
-from models.cascade import MakeAVideo
+from experiments.config import Config, load, save
+from experiments.published import log_wandb, markdown, published
+from experiments.sampling import OUTPUTS, generate, name, number_of, read_manifest
+from experiments.scores import DISTANCES, score
+from experiments.train import quiet
+from experiments.watch import PROJECT
+from lightning_modules import parallel
+from lightning_modules.whole import whole
 
-OUTPUTS = ("decoded", "interpolated", "low", "high")
+SCORES = {  # what each command computes
+    "fvd": ("fvd",),
+    "clipsim": ("clipsim",),
+    "fid": ("fid", "clip_fid"),
+    "is": ("is",),
+    "ucf101": ("fvd", "kvd", "is"),
+    "msrvtt": ("fid", "clip_fid", "clipsim"),
+}
+BENCHMARKS: dict[str, Callable[[Config], Task]] = {"ucf101": ucf101, "msrvtt": msrvtt}
 
 
-def prompts(config: Config) -> list[str]:
-    """A prompt for each sample, from the names in the CSV of the clips, in its order and again from the start."""
-    tables = sorted(Path(config.data.clips).glob("*.csv"))
-    if not tables:
-        raise FileNotFoundError(f"there is no CSV with the clips' names in '{config.data.clips}' (data.clips).")
-    with tables[0].open(newline="", encoding="utf-8") as file:
-        names = [row["name"] for row in csv.DictReader(file) if row.get("name")]
-    if not names:
-        raise ValueError(f"{tables[0]} has no names, so there is nothing to prompt with.")
-    return [config.evaluate.prompt.format(names[i % len(names)]) for i in range(config.evaluate.samples)]
+def evaluate(config: Config, what: str) -> dict[str, Any]:
+    """Generate the samples that are missing and score them all; returns what is written to the JSON file.
 
-
-def clips_of(config: Config, maker: MakeAVideo, texts: list[str], seeds: list[int]) -> Tensor:
-    """Generated clips as uint8 `b 3 f h w`, up to the stage that `evaluate.output` names."""
-    output, fps = config.evaluate.output, config.cascade.fps
+    On ranks other than the first it returns {} once its samples are made.
+    Raises ValueError and FileNotFoundError, in a sentence, for what cannot be evaluated.
+    """
+    if what not in SCORES:
+        raise ValueError(f"there is no metric '{what}': it is one of {', '.join(SCORES)}.")
+    settings, start = config.evaluate, time.perf_counter()
+    output = settings.output or ("upsampled" if what in BENCHMARKS else "decoded")
     if output not in OUTPUTS:
         raise ValueError(f"evaluate.output '{output}' is not one of {', '.join(OUTPUTS)}.")
-    embedding = maker.embed(texts, seeds)
-    clip = maker.decode(embedding, fps, seeds)
-    if output != "decoded":
-        clip = maker.interpolate(clip, embedding, fps, seeds)
-    if output in ("low", "high"):
-        clip = maker.upsample_low(clip, fps * config.cascade.skip, seeds)
-    if output == "high":
-        clip = maker.upsample_high(clip, seeds)
-    clip = clip[:, :, : config.cascade.frames]  # as many frames from every stage: real clips are short
-    return ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def generated(config: Config, maker: MakeAVideo) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of generated clips with their prompts; sample k has the seed `seed + k`."""
-    texts, size = prompts(config), config.evaluate.batch_size
-    for start in tqdm(range(0, len(texts), size), desc="generating", file=sys.stderr):
-        part = texts[start : start + size]
-        yield clips_of(config, maker, part, [config.seed + start + i for i in range(len(part))]).cpu(), part
-
-
-def real_clips(config: Config, like: Tensor) -> Iterator[Tensor]:
-    """Batches of real clips, as many, of the same frames, size and frame rate as the generated ones."""
-    settings = config.evaluate
-    rate = config.cascade.fps * (1 if settings.output == "decoded" else config.cascade.skip)
-    data = VideoDataModule(
-        config.data.clips,
-        batch_size=settings.batch_size,
-        frames=like.shape[2],
-        resolution=like.shape[-1],
-        curriculum=replace(config.decoder_video.curriculum, f_min=rate, f_max=rate),
-        seed=config.seed,
-        max_skipped=config.data.max_skipped,
-    )
-    wanted = settings.samples
-    for batch in data.train_dataloader():
-        yield batch["video"][:wanted]
-        wanted -= len(batch["video"])
-        if wanted <= 0:
-            return
-
-
-def evaluate(config: Config, metric: str) -> dict[str, Any]:
-    """Generate `evaluate.samples` clips and score them; returns what is written to the JSON file."""
-    if metric not in ("fvd", "clipsim"):
-        raise ValueError(f"there is no metric '{metric}': it is one of fvd, clipsim.")
-    maker = make_cascade(config)
-    maker.on_step = None
-    if metric == "clipsim":
-        clipsim = CLIPSIM(maker.clip)
-        for clip, texts in generated(config, maker):
-            clipsim.update(clip, texts)
-        result = {"clipsim": float(clipsim.compute()), **clipsim.summary()}
+    if what in BENCHMARKS:
+        task = BENCHMARKS[what](config)
     else:
-        fvd = FrechetVideoDistance(config.evaluate.i3d or None, config.evaluate.i3d_sha256 or None)
-        for clip, _ in generated(config, maker):
-            fvd.update(clip, real=False)
-        for videos in tqdm(real_clips(config, clip), desc="real clips", file=sys.stderr):
-            fvd.update(videos, real=True)
-        result = {fvd.name: float(fvd.compute()), **fvd.summary()}
-    path = build.run_folder(config, "evaluate") / f"{metric}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2))
+        task = folder_task(config, not settings.generated, any(each in DISTANCES for each in SCORES[what]))
+    if settings.generated:
+        made, texts = given(config, task, "clipsim" in SCORES[what])
+        known = read_manifest(Path(settings.generated))
+        kept = {"folder": settings.generated, "digest": known.get("digest", ""), "output": known.get("output", "")}
+    else:
+        folder = Path(settings.folder) if settings.folder else build.run_folder(config, "evaluate") / task.name
+        digest, texts = generate(config, output, task.prompts, folder), task.prompts
+        made = [Clip(name(k), str(folder / name(k))) for k in range(len(texts))]
+        seeds = [config.seed, config.seed + len(made) - 1]
+        kept = {"folder": str(folder), "digest": digest, "output": output, "seeds": seeds}
+    if not parallel.first_rank():
+        return {}
+    generating = time.perf_counter() - start
+    result: dict[str, Any] = {"benchmark": what, "size": config.size, "seed": config.seed}
+    result["setting"] = "zero-shot" if what in BENCHMARKS else ""
+    result |= score(config, SCORES[what], made, texts, task)
+    result["samples"] |= kept
+    result["seconds"]["generating"] = round(generating, 2)
+    result["notes"] = task.notes + result["notes"]
+    result["published"] = published(what)
+    write(config, result)
     return result
+
+
+def given(config: Config, task: Task, captioned: bool) -> tuple[list[Clip], list[str]]:
+    """Clips that were generated before, in the order of their names, and if `captioned` a prompt for each.
+
+    Prompts are those of evaluate.prompts, or of the benchmark, or of our manifest in the folder; of the latter two
+    sample k is the file of that number. Raises ValueError where there are not as many.
+    """
+    root = config.evaluate.generated
+    made, _ = list_clips(root)
+    if not captioned:
+        return made, []
+    if config.evaluate.prompts:
+        texts = read_prompts(Path(config.evaluate.prompts))
+    else:
+        known = task.prompts or read_manifest(Path(root)).get("prompts", [])
+        texts = [known[k] for k in map(number_of, made) if k < len(known)]
+    if len(texts) != len(made):
+        raise ValueError(
+            f"{root} has {len(made)} clips and there are {len(texts)} prompts for them: name a file with one for each "
+            "clip in the order of their names, as in evaluate.prompts=file."
+        )
+    return made, texts
+
+
+def write(config: Config, result: dict[str, Any]) -> None:
+    """The result as WHAT.json and WHAT.md in the run folder, the config as WHAT.yaml, and the table to W&B."""
+    folder = build.run_folder(config, "evaluate")
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(result, indent=2)), (".md", markdown(result))):
+        with whole(folder / f"{result['benchmark']}{suffix}") as path:
+            path.write_text(text)
+    save(config, folder / f"{result['benchmark']}.yaml")
+    log_wandb(result, folder, PROJECT)
 
 
 @for_people
 def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
-        raise ValueError("usage: python -m experiments.evaluate fvd|clipsim SIZE [key=value ...]")
-    metric, size, *overrides = arguments
-    for key, value in evaluate(load(size, overrides, section="evaluate"), metric).items():
-        print(f"{key:<16} {value}")
+        raise ValueError(f"usage: python -m experiments.evaluate {'|'.join(SCORES)} SIZE [key=value ...]")
+    what, size, *overrides = arguments
+    quiet()
+    config = load(size, overrides, section="evaluate")
+    if result := evaluate(config, what):
+        page = build.run_folder(config, "evaluate") / f"{what}.md"
+        print(f"{markdown(result)}\n{result['waiting']:.1%} of scoring was waiting for data\n{page}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from experiments import build
+from experiments.benchmarks import names
 from experiments.config import Config, VideoStage
-from experiments.evaluate import prompts
 from experiments.flops import step_flops
 from lightning_modules.callbacks import EMA, DataCounts, Samples
 from lightning_modules.csv_logger import MetricsCSV
@@ -119,10 +119,8 @@ def fixed_prompts(config: Config, stage: str) -> list[str]:
     """The prompts of the scores, from the names of clips; none without names, or while P has no weights."""
     if not (build.run_folder(config, "prior") / "weights.safetensors").is_file():
         return []
-    data = replace(config.data, clips=config.data.validation or config.data.clips)
-    evaluate = replace(config.evaluate, samples=build.section(config, stage).trainer.validate)
     try:
-        return prompts(replace(config, data=data, evaluate=evaluate))
+        return names(config.data.validation or config.data.clips, config.evaluate.prompt)
     except (FileNotFoundError, ValueError):
         return []
 

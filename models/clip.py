@@ -108,9 +108,13 @@ class Clip:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit-norm embeddings `n d` of uint8 images `n 3 h w`."""
+        return F.normalize(self.image_features(images), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """The same before their norm is set to one: what CLIP-FID is of."""
         self.to(images.device)
         with torch.no_grad():
-            return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
+            return self.model.encode_image(self.preprocess(images)).float()
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 `n 3 h w` to CLIP's input: short side resized (bicubic, antialiased), centre crop, normalised."""

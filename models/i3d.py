@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SHORTEST_CLIP = 9  # frames: one fewer leaves a single time step, and the last pool needs two
 
@@ -37,8 +38,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Returns x and the symmetric padding (f, h, w) still to apply; lopsided padding is done here.
 
-    Leaving symmetric padding to the layer saves a copy of x. A max-pool then pads with -inf instead of zero,
-    which is the same after a ReLU: every window holds at least one value that is not negative.
+    Leaving symmetric padding to the layer saves a copy of x.
     """
     pads = [same_padding(n, k, s) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
     if all(front == behind for front, behind in pads):
@@ -52,24 +52,29 @@ class Unit(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, eps: float = 1e-3):
         super().__init__()
         self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=False)
-        self.bn = nn.BatchNorm3d(c_out, eps=eps)
+        self.bn: nn.Module = nn.BatchNorm3d(c_out, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        x = F.conv3d(x, self.conv3d.weight, None, self.conv3d.stride, padding)
+        x = F.conv3d(x, self.conv3d.weight, self.conv3d.bias, self.conv3d.stride, padding)
         return F.relu(self.bn(x), inplace=True)
 
 
 class MaxPool(nn.Module):
-    """SAME max-pool of values that are not negative."""
+    """SAME max-pool of values that are not negative.
+
+    The layer pads in front as much as behind, with -inf instead of zero: the same after a ReLU, as every window holds
+    a value that is not negative. Where SAME pads one more behind, `ceil_mode` does, without a copy of x.
+    """
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_same(x, self.kernel, self.stride)
-        return F.max_pool3d(x, self.kernel, self.stride, padding)
+        axes = zip(x.shape[2:], self.kernel, self.stride, strict=True)
+        front = [same_padding(n, kernel, stride)[0] for n, kernel, stride in axes]
+        return F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True)
 
 
 class Mixed(nn.Module):
@@ -137,6 +142,17 @@ class I3D(nn.Module):
         for layer in self.children():  # the layers run in the order they were defined in
             x = layer(x)
         return x.flatten(2).mean(2)
+
+
+def fold_batch_norm(net: I3D) -> I3D:
+    """The same function with each batch norm folded into its convolution, in place; no weights load afterwards.
+
+    Same numbers to rounding: a batch norm in evaluation mode is a scale and a shift of each channel.
+    """
+    for unit in net.modules():
+        if isinstance(unit, Unit) and isinstance(unit.bn, nn.BatchNorm3d):
+            unit.conv3d, unit.bn = fuse_conv_bn_eval(unit.conv3d, unit.bn), nn.Identity()
+    return net.requires_grad_(False)
 
 
 def random_i3d(seed: int = 0) -> I3D:

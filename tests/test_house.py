@@ -52,7 +52,7 @@ def test_models_are_pure_torch() -> None:
 def targets() -> dict[str, str]:
     """Targets of the Makefile with their help line."""
     text = (ROOT / "Makefile").read_text()
-    return dict(re.findall(r"^([a-z-]+):[^#\n]*## (.*)$", text, re.MULTILINE))
+    return dict(re.findall(r"^([a-z0-9-]+):[^#\n]*## (.*)$", text, re.MULTILINE))
 
 
 def test_every_target_has_a_line_of_help() -> None:
@@ -66,7 +66,7 @@ def test_every_target_has_a_line_of_help() -> None:
 
 def test_commands_in_the_readme_are_targets() -> None:
     text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", text, re.MULTILINE))  # in backticks or a block of code
+    used = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]+)", text, re.MULTILINE))  # in backticks or a block of code
     assert {"demo", "test"} <= used
     assert used <= set(targets()), used - set(targets())
 

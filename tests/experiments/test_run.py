@@ -172,12 +172,13 @@ def test_generating_before_training_names_the_command(fresh: Config) -> None:
 
 def test_evaluation_without_published_weights_has_another_name(trained: Config) -> None:
     result = evaluate(trained, "fvd")
-    assert "fvd" not in result and result["fvd_random"] > 0
-    assert (result["n_real"], result["n_fake"]) == (3, 3)
+    score = result["scores"]["fvd_random"]
+    assert list(result["scores"]) == ["fvd_random"] and score["value"] > 0
+    assert (score["n_real"], score["n_fake"]) == (3, 3)
     written = json.loads((build.run_folder(trained, "evaluate") / "fvd.json").read_text())
     assert written == result
-    similarity = evaluate(trained, "clipsim")
-    assert -1 <= similarity["clipsim"] <= 1 and re.fullmatch("ours-micro-[0-9a-f]{8}", similarity["backbone"])
+    similarity = evaluate(trained, "clipsim")["scores"]["clipsim"]
+    assert -1 <= similarity["value"] <= 1 and re.fullmatch("ours-micro-[0-9a-f]{8}", similarity["backbone"])
 
 
 def test_bad_shards_cost_samples_not_the_run(fresh: Config, tmp_path: Path) -> None:

@@ -50,8 +50,24 @@ def test_streamed_permuted_and_merged_equal_one_batch():
         metric.update(videos[order], [captions[i] for i in order])
     first.merge_state(second)
     torch.testing.assert_close(first.compute(), whole.compute())
-    assert whole.summary() == {"name": "clipsim", "n": 6, "frames": 4, "backbone": "colour"}
+    assert whole.summary() == {"name": "clipsim", "n": 6, "frames": 4, "resolution": "8x8", "backbone": "colour"}
     assert first.summary() == whole.summary()
+
+
+def test_the_interval_is_that_of_the_mean_over_videos():
+    videos, captions = clips(60, f=1), ["red", "green", "blue"] * 20
+    metric = CLIPSIM(ColourClip())
+    metric.update(videos, captions)
+    scores = metric.rows("fake").double()
+    half = 1.96 * scores.std(correction=0).item() / 60**0.5
+    low, high = metric.interval(resamples=4000)
+    assert low == pytest.approx(metric.compute().item() - half, abs=0.1 * half)
+    assert high == pytest.approx(metric.compute().item() + half, abs=0.1 * half)
+    narrow = metric.interval(level=0.5, resamples=4000)
+    assert low < narrow[0] < narrow[1] < high
+    again = CLIPSIM(ColourClip())
+    again.update(videos.flip(0), captions[::-1])
+    assert again.interval() == pytest.approx(metric.interval(), abs=1e-6) != again.interval(seed=1)
 
 
 def test_an_image_is_a_clip_of_one_frame_and_reset_forgets():
@@ -70,7 +86,7 @@ def test_clip_is_outside_the_module_tree():
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_errors():
     metric = CLIPSIM(ColourClip())
-    with pytest.raises(ValueError, match="at least one clip"):
+    with pytest.raises(ValueError, match="clipsim needs at least one clip, and there are 0"):
         metric.compute()
     with pytest.raises(ValueError, match="2 clips came with 1"):
         metric.update(clips(2), ["red"])

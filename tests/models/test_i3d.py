@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.i3d import I3D, MIXED, Mixed, convert_keys, is_hassony2, pad_same, random_i3d, same_padding
+from models.i3d import (
+    I3D,
+    MIXED,
+    MaxPool,
+    Mixed,
+    convert_keys,
+    fold_batch_norm,
+    is_hassony2,
+    pad_same,
+    random_i3d,
+    same_padding,
+)
 
 TO_HASSONY2 = [
     ("logits.", "conv3d_0c_1x1."),
@@ -110,6 +122,35 @@ def test_lopsided_padding_goes_behind_in_its_own_axis():
     x, rest = pad_same(torch.ones(1, 1, 5, 8, 7), (3, 3, 3), (2, 2, 2))  # f 1 and 1, h 0 and 1, w 1 and 1
     assert rest == [0, 0, 0] and x.shape == (1, 1, 7, 9, 9)
     assert x[0, 0, 1:6, :8, 1:8].all() and x.sum() == 5 * 8 * 7
+
+
+@pytest.mark.parametrize(
+    "kernel, stride", [((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1))]
+)
+def test_pools_are_those_of_zeros_around(kernel, stride):
+    for size in ((5, 8, 7), (8, 7, 14), (4, 9, 6), (3, 3, 5)):
+        x = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(0))
+        pads = [same_padding(n, k, s) for n, k, s in zip(size, kernel, stride, strict=True)]
+        expected = F.max_pool3d(F.pad(x, [p for pair in reversed(pads) for p in pair]), kernel, stride)
+        assert torch.equal(MaxPool(kernel, stride)(x), expected)
+
+
+def test_a_folded_network_is_the_same_function():
+    net = random_i3d(seed=2)
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0, 0.1, generator=generator)
+    x = torch.rand(1, 3, 9, 224, 224, generator=generator) * 2 - 1
+    with torch.no_grad():
+        expected = net(x)
+        folded = fold_batch_norm(net)(x)
+    assert not any(isinstance(module, torch.nn.BatchNorm3d) for module in net.modules())
+    assert expected.std() > 0.1
+    torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5 * expected.std().item() * 10)
 
 
 def test_eight_frames_and_other_sizes_are_refused(net):
