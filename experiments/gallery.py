@@ -1,8 +1,9 @@
 """`python -m experiments.gallery SIZE [FOLDER] [key=value ...]`: a page of films beside real clips, with scores.
 
 The films are the clips that were made for the scores, `runs/<size>/evaluate/samples`, without them those of
-`runs/<size>/films`, or those of any folder. The real clip is the one whose name in the CSV of `data.clips` gives the
-film's sentence. The page, `gallery.html` in that folder, holds its films itself.
+`runs/<size>/films`, or those of any folder. The real clip is the one whose name in the CSV of `data.clips`, or whose
+caption or class in a benchmark (`evaluate.msrvtt=`, `evaluate.ucf101=`) gives the film's sentence. The page,
+`gallery.html` in that folder, holds its films itself.
 """
 
 import base64
@@ -13,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import read_msrvtt, read_sentences, read_ucf101
 from experiments.charts import number
 from experiments.cli import for_people
 from experiments.config import Config, load
@@ -55,7 +57,10 @@ def gallery(folder: Path, config: Config) -> Path:
 
 
 def real_clips(config: Config) -> dict[str, Path]:
-    """Sentence -> real clip, of the clips that have a name in the CSV of `data.clips`; empty where there is none."""
+    """Sentence -> real clip: those with a name in the CSV of `data.clips`, and those of the benchmarks that are named.
+
+    In UCF-101 the first clip of a sentence's class; {} where there is no real clip.
+    """
     found: dict[str, Path] = {}
     for table in sorted(Path(config.data.clips).glob("*.csv")):
         with table.open(newline="", encoding="utf-8") as file:
@@ -63,6 +68,16 @@ def real_clips(config: Config) -> dict[str, Path]:
                 path = table.parent / (row.get("page_dir") or "") / f"{row.get('videoid')}.mp4"
                 if row.get("name") and path.is_file():
                     found.setdefault(config.evaluate.prompt.format(row["name"]), path)
+    if config.evaluate.msrvtt:
+        captions, clips, _ = read_msrvtt(config.evaluate.msrvtt, config.evaluate.msrvtt_split)
+        files = {clip.key: Path(str(clip.file)) for clip in clips}
+        for video, caption in captions:
+            if video in files:
+                found.setdefault(caption, files[video])
+    if config.evaluate.ucf101:
+        sentences = read_sentences()
+        for clip in read_ucf101(config.evaluate.ucf101)[0]:
+            found.setdefault(sentences[clip.key.split("/")[0]], Path(str(clip.file)))
     return found
 
 
@@ -117,7 +132,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("usage: python -m experiments.gallery SIZE [folder of films] [key=value ...]")
     size, *rest = arguments
     named = [a for a in rest if "=" not in a]
-    config = load(size, [a for a in rest if "=" in a])
+    config = load(size, [a for a in rest if "=" in a], section="evaluate")
     run = Path(config.runs) / config.size
     made = run / "evaluate" / "samples"
     print(gallery(Path(named[0]) if named else made if made.is_dir() else run / "films", config))

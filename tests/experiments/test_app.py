@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import app, build
-from experiments.config import Config
+from experiments import app
 from lightning_modules.media import read_note
 from models.sampling import CascadeConfig, SamplingConfig
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def address(trained: Config, tmp_path: Path) -> Iterator[str]:
+def address(page: Path, tmp_path: Path) -> Iterator[str]:
     """The page of the micro cascade, started as a user does; nothing of what was uploaded outlives it."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed (make app installs it: pip install -e '.[app]')")
@@ -33,7 +32,7 @@ def address(trained: Config, tmp_path: Path) -> Iterator[str]:
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), proxy)
         env = {**os.environ, **proxies, "TMPDIR": str(tmp_path / "tmp")}
-        command = [sys.executable, "-m", "experiments.app", str(Path(trained.runs).parent / "micro.yaml")]
+        command = [sys.executable, "-m", "experiments.app", str(page)]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         assert process.stdout
         yield process.stdout.readline().split()[0]
@@ -69,13 +68,13 @@ def plays(browser: Any, use: str) -> str:
     return str(browser.wait(f"document.querySelector('#told-{use}').innerText"))
 
 
-def test_a_person_makes_films(address: str, browser: Any, trained: Config, tmp_path: Path) -> None:
+def test_a_person_makes_films(address: str, browser: Any, page: Path, tmp_path: Path) -> None:
     picture, clip = tmp_path / "fox.png", ROOT / "experiments/demo/clips/mp4/1f419.mp4"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)).save(picture)
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:60])
     with (tmp_path / "huge.mp4").open("wb") as file:
         file.truncate(101 * 2**20)
-    films = build.run_folder(trained, "films")
+    films = page.parent / "runs" / "micro" / "films"
 
     browser.open(address)
     browser.wait("document.querySelector('#make-text')?.offsetParent != null")
@@ -127,7 +126,10 @@ def test_a_person_makes_films(address: str, browser: Any, trained: Config, tmp_p
     toast(browser, "broken.png: the image cannot be decoded")
     tab(browser, "vary")
     browser.upload("#vary-file0 input[type=file]", tmp_path / "huge.mp4")
-    toast(browser, "exceeds the maximum allowed size")
+    toast(browser, "exceed the maximum allowed size")
+    posted = "const form = new FormData(); form.append('files', new Blob([new Uint8Array(101 * 2 ** 20)]), 'huge.mp4');"
+    answer = "fetch('/gradio_api/upload', {method: 'POST', body: form}).then((answer) => answer.status)"
+    assert browser.js(f"(() => {{ {posted} return {answer}; }})()") == 413  # the server, too, refuses it
     assert not [p for p in (tmp_path / "tmp").rglob("*") if p.name in ("broken.png", "huge.mp4")]
 
     port = int(address.rstrip("/").rsplit(":", 1)[1])

@@ -12,6 +12,7 @@ import pytest
 from experiments.config import load
 from experiments.gallery import MOST, gallery, main, real_clips
 from experiments.samples import playable, samples
+from tests.experiments.sets import make_msrvtt, make_ucf101
 
 CODED = {"libx264": "yuv420p", "libx264rgb": "rgb24", "mpeg4": "yuv420p"}
 
@@ -119,3 +120,18 @@ def test_a_large_folder_and_bad_input(run: Path, tmp_path: Path) -> None:
     for folder, sentence in (("empty", "holds no films"), ("none", "there is no folder"), ("broken", "cannot be read")):
         with pytest.raises(SystemExit, match=sentence):
             main(["tiny", str(tmp_path / folder), f"runs={run.parent}"])
+
+
+def test_real_clips_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caption stands beside its video, a sentence beside a clip of its class, which browsers could not play."""
+    film(tmp_path / "made" / "000000.mp4", "libx264rgb")
+    film(tmp_path / "made" / "000001.mp4", "libx264rgb")
+    settings = [f"runs={tmp_path}", f"msrvtt={make_msrvtt(tmp_path)}", f"ucf101={make_ucf101(tmp_path)}"]
+    found = real_clips(load("tiny", settings, section="evaluate"))
+    sentence = next(text for text, path in found.items() if path.parent.name == "YoYo")
+    prompts = ["caption 1 of video7011", sentence]
+    (tmp_path / "made" / "manifest.json").write_text(json.dumps({"prompts": prompts}))
+    main(["tiny", str(tmp_path / "made"), *settings])
+    text = Path(capsys.readouterr().out.strip()).read_text()
+    assert found[prompts[0]].name == "video7011.mp4" and found[sentence].suffix == ".avi"
+    assert "2 of 2 films in made, 2 beside" in text and text.count('src="data:video/mp4;base64,') == 4
