@@ -37,7 +37,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 	bench-data bench-generate bench-metrics test golden lint clean
 
 help: ## print this list
-	@echo 'make TARGET [SIZE=tiny|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
+	@echo 'make TARGET [SIZE=tiny|emoji|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)

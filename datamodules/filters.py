@@ -36,6 +36,8 @@ class FilterConfig:
     max_aspect: float = 0.0  # drop if long side / short side is more; 0 = off
     similarity: float | None = None  # drop below, -1..1: CLIP's cosine between picture and caption
     languages: list[str] = field(default_factory=list)  # keep only these codes, as [en, de]; none = off
+    only: dict[str, list[str]] = field(default_factory=dict)  # of a key, keep only these values
+    without: dict[str, str] = field(default_factory=dict)  # of a key, drop the values in the file at this path
     missing: str = "error"  # a sample whose metadata lack the key: error | keep | drop
 
 
@@ -65,6 +67,10 @@ class Filters:
         if config.languages:
             codes = {code.lower() for code in config.languages}
             filters["languages"] = "a code under LANGUAGE or language", partial(foreign, codes=codes)
+        for key, kept in config.only.items():
+            filters[f"only {key}"] = f"a {key}", partial(other, key=key, kept=frozenset(kept))
+        for key, path in config.without.items():
+            filters[f"without {key}"] = f"a {key}", partial(listed, key=key, dropped=read_names(path))
         self._filters, self.active = filters, list(filters)
 
     def reason(self, meta: Meta, caption: str) -> str | None:
@@ -135,6 +141,16 @@ def foreign(meta: Meta, caption: str, codes: set[str]) -> bool | None:
     return found[0] not in codes if found else None
 
 
+def other(meta: Meta, caption: str, key: str, kept: frozenset[str]) -> bool | None:
+    found = values(meta, key)
+    return str(found[0]) not in kept if found else None
+
+
+def listed(meta: Meta, caption: str, key: str, dropped: frozenset[str]) -> bool | None:
+    found = values(meta, key)
+    return str(found[0]) in dropped if found else None
+
+
 def values(meta: Meta, key: str) -> list[Any]:
     """What stands under a key: its exact spelling first, then others, as LAION has both punsafe and PUNSAFE."""
     names = [name for name in meta if name.lower() == key.lower()]
@@ -164,6 +180,20 @@ def sides(meta: Meta) -> tuple[float, float] | None:
 def fold(text: str) -> str:
     """Text in which case, width, runs of space, and accents as one character or two make no difference."""
     return " ".join(normalize("NFKC", INVISIBLE.sub("", text)).casefold().split())
+
+
+def read_names(path: str) -> frozenset[str]:
+    """The names in a text file, one a line, comments after ` #`.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it holds no name.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no list of names at {path}.")
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    names = frozenset(re.split(r"(?:^|\s)#", line)[0].strip() for line in lines) - {""}
+    if not names:
+        raise ValueError(f"The list {path} has no names; give one a line.")
+    return names
 
 
 def read_words(path: str) -> re.Pattern[str]:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.clips import Curriculum, Keep, take_clip
+from datamodules.filters import read_names
 from datamodules.image_text import ImageTextDataModule
 from datamodules.joint import Streams, Turns
 from datamodules.pixels import check_sizes
@@ -84,7 +85,8 @@ class VideoDataModule(StreamDataModule):
     centre square is cut; crop: side of a random crop of it, at one place for the whole clip.
     seed: of order, rates, starts and crops. workers: processes that decode. keep: which clips are dropped for
     standing still or for a cut. They count as skipped, so that max_skipped, as in `StreamDataModule`, must allow for
-    them. window, changed: as there.
+    them. window, changed: as there. only, without: paths of lists of keys, one a line: of the clips that alone are
+    taken, and of those left out.
     images, image_share: joint training; this share of the batches, the same on all ranks, are pictures of that module's
     shards in place of clips, {"image": uint8 (b * frames, 3, h, w), "key": list[str]}, as many as a batch has frames.
     The clips are those there would be without them, in their order; a checkpoint counts the pictures by themselves.
@@ -113,6 +115,8 @@ class VideoDataModule(StreamDataModule):
         changed: bool = False,
         images: ImageTextDataModule | None = None,
         image_share: float = 0.0,
+        only: str = "",
+        without: str = "",
     ) -> None:
         super().__init__(batch_size, seed, workers, max_skipped, window, changed)
         check_sizes(resolution, crop)
@@ -125,6 +129,7 @@ class VideoDataModule(StreamDataModule):
         self.roots = [str(root)] if isinstance(root, str | Path) else list(root)
         self.frames, self.resolution, self.crop = frames, resolution, crop
         self.curriculum, self.keep = curriculum, keep
+        self.only, self.without = (read_names(path) if path else None for path in (only, without))
         self.rates: Counter[int] = Counter()
         self._clips: list[Clip] = []
         self._schedule: Schedule | None = None
@@ -140,13 +145,19 @@ class VideoDataModule(StreamDataModule):
             clips, problems = list_clips(root)
             shards = {clip.file.shard for clip in clips if isinstance(clip.file, Entry)}
             self.note_opening(problems, shards, len(clips))
-            self._clips += clips
+            self._clips += [clip for clip in clips if self.wanted(clip.key)]
+        if not self._clips:
+            raise ValueError("The lists data.clips_only and data.clips_without leave no clip.")
         if self.images:
             self.images.setup()
             self.skipped += self.images.skipped
             self._opening += self.images.skipped
             self._examples = {**self.images._examples, **self._examples}
             self.filtered += self.images.filtered
+
+    def wanted(self, key: str) -> bool:
+        """Do the lists leave this clip in?"""
+        return (self.only is None or key in self.only) and (self.without is None or key not in self.without)
 
     @property
     def consumed(self) -> int:

@@ -180,6 +180,8 @@ def datamodule(config: Config, stage: str, clip: Clip | None = None) -> ImageTex
             changed=config.data.changed,
             images=stills(config, part, resolution, crop, text=False) if part.image_share else None,
             image_share=part.image_share,
+            only=config.data.clips_only,
+            without=config.data.clips_without,
         )
     embedded = clip.name if clip is not None and config.data.embeddings else ""
     if embedded:
@@ -192,17 +194,18 @@ def stills(
     config: Config, part: StageConfig, resolution: int, crop: int | None, clip: str = "", text: bool = True
 ) -> ImageTextDataModule:
     """The captioned images; without `text` no caption is read."""
-    if not config.data.shards:
+    shards = part.shards or config.data.shards
+    if not shards:
         raise ValueError("data.shards is empty: name the tar shards of captioned images.")
     return ImageTextDataModule(
-        config.data.shards,
+        shards,
         part.trainer.batch_size,
         resolution,
         crop,
         config.seed,
         part.trainer.workers,
         clip=clip,
-        weights=config.data.weights,
+        weights=() if part.shards else config.data.weights,
         filters=config.data.filters,
         max_skipped=config.data.max_skipped,
         window=config.data.window,

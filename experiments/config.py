@@ -60,6 +60,7 @@ class StageConfig:
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    shards: list[str] = field(default_factory=list)  # pictures of this stage, all one set; none = data.shards
 
 
 @dataclass
@@ -133,6 +134,8 @@ class DataConfig:
     max_skipped: float = 0.5  # share of samples that may be unreadable before a run stops
     changed: bool = False  # go on from a checkpoint although the samples or their order are others since
     clips: str = ""  # videos: a folder, WebVid's CSV, tar shards of video2dataset, or HD-VILA's .jsonl
+    clips_only: str = ""  # path of a list of clips' keys (WebVid's videoid), one a line: the others are left out
+    clips_without: str = ""  # path of such a list: these are left out
     validation: str = ""  # clips with names that no stage trains on, for the scores; none = clips of the training set
     keep: Keep = field(default_factory=Keep)  # which clips are dropped for standing still or for a cut
     embeddings: bool = False  # train P and D from CLIP embeddings that `make embed` wrote beside the shards
@@ -279,7 +282,7 @@ def check_keys(page: Any, schema: Any, where: str, hints: dict[str, str], path: 
 
     `hints` maps further short names that a person may have meant to the whole keys they stand for.
     """
-    if not isinstance(page, DictConfig) or not isinstance(schema, DictConfig):
+    if not isinstance(page, DictConfig) or not isinstance(schema, DictConfig) or OmegaConf.get_type(schema) is dict:
         return
     for key in map(str, page):
         name = f"{path}{key}"

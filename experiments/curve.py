@@ -102,7 +102,7 @@ def plot(distances: dict[str, dict[int, float]], metric: str, samples: int) -> s
         parts.append(line(places, i, "curve"))
         parts += [f'<circle class="c{i}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places]
         parts.append(f'<text class="c{i}" x="{RIGHT - 4}" y="{TOP + 14 + 15 * i}" text-anchor="end">{name}</text>')
-    title = f"{metric} of {samples} clips of D^t by sampler steps (lower is better)"
+    title = f"{metric} of {samples} clips of D^t by steps"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -18 {WIDTH} {HEIGHT + 18}" width="{2 * WIDTH}">'
         f'<style>{STYLE}</style><rect y="-18" width="{WIDTH}" height="{HEIGHT + 18}" fill="white"/>'

@@ -123,7 +123,7 @@ def sample(config: Config, stage: str) -> str:
 def whole(config: Config, traced: dict[str, Step], plan: Plan) -> str:
     """The cascade in one table, and what it comes to."""
     lines = [
-        f"{'in all':<14}{'parameters':>11}{'samples/s':>12}{'time':>12}{'GPU hours':>12}{'dollars':>12}  fits with"
+        f"{'in all':<14}{'parameters':>11}{'samples/s':>12}{'time':>14}{'GPU hours':>12}{'dollars':>12}  fits with"
     ]
     total = Cost(0, 0, 0, 0)
     for stage, one in traced.items():
@@ -137,9 +137,9 @@ def whole(config: Config, traced: dict[str, Step], plan: Plan) -> str:
         advice = ", ".join(fitting) or (f"batch_size {best[0]} and {best[1]}" if best[0] else "nothing here")
         lines.append(
             f"{build.STAGES[stage].title:<14}{count(one.parameters):>11}{spent.samples:12,.1f}"
-            f"{duration(spent.hours):>12}{spent.gpu_hours:12,.1f}{spent.dollars:12,.0f}  {advice}"
+            f"{duration(spent.hours):>14}{spent.gpu_hours:12,.1f}{spent.dollars:12,.0f}  {advice}"
         )
-    lines.append(f"{'':<37}{duration(total.hours):>12}{total.gpu_hours:12,.1f}{total.dollars:12,.0f}")
+    lines.append(f"{'':<37}{duration(total.hours):>14}{total.gpu_hours:12,.1f}{total.dollars:12,.0f}")
     return "\n".join(lines)
 
 

@@ -275,3 +275,27 @@ def test_the_config_is_of_plain_types() -> None:
         punsafe=0.1, languages=["en", "de"], missing="keep"
     )
     assert Filters(config).active == ["punsafe", "languages"]
+
+
+def test_pictures_are_chosen_by_any_key_of_their_metadata(tmp_path: Path) -> None:
+    """Concepts held out, and a narrower set: the values of a key that are kept, and a list of those dropped."""
+    (tmp_path / "held_out.txt").write_text("# never trained on\n1f680  # rocket\n\n1f98a\n", encoding="utf-8")
+    limits: dict[str, Any] = {
+        "only": {"group": ["animals", "travel"]},
+        "without": {"hexcode": tmp_path / "held_out.txt"},
+    }
+    assert Filters(FilterConfig(**limits)).active == ["only group", "without hexcode"]
+    assert reason({"group": "animals", "hexcode": "1f431"}, **limits) is None
+    assert reason({"group": "flags", "hexcode": "1f431"}, **limits) == "only group"
+    assert reason({"group": "travel", "hexcode": "1f680"}, **limits) == "without hexcode"
+    assert reason({"group": "animals", "hexcode": "1f98a"}, **limits) == "without hexcode"
+    with pytest.raises(MissingKeyError, match="only group needs a group"):
+        reason({"hexcode": "1f431"}, **limits)
+
+
+def test_a_list_of_names_that_is_none_ends_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no list of names"):
+        reason({}, without={"key": str(tmp_path / "nowhere.txt")})
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="no names"):
+        reason({}, without={"key": str(tmp_path / "empty.txt")})

@@ -121,6 +121,18 @@ def test_clips_that_are_not_kept_are_replaced_and_counted(tmp_path: Path, make_w
         batches(still, 1)
 
 
+def test_clips_are_chosen_by_lists_of_keys(tmp_path: Path, make_webvid: Any) -> None:
+    root = make_webvid(tmp_path / "clips", 4)
+    keys = [clip.key for clip in make(root).source().clips]
+    (tmp_path / "some.txt").write_text("\n".join(keys[:3]))
+    (tmp_path / "held_out.txt").write_text(f"{keys[1]}  # held out\n")
+    lists = {"only": str(tmp_path / "some.txt"), "without": str(tmp_path / "held_out.txt")}
+    assert [clip.key for clip in make(root, **lists).source().clips] == [keys[0], keys[2]]
+    assert {key for batch in batches(make(root, **lists), 8) for key in batch["key"]} == {keys[0], keys[2]}
+    with pytest.raises(ValueError, match="leave no clip"):
+        make(root, only=lists["without"], without=lists["without"]).setup()
+
+
 def test_rates_fall_with_the_curriculum(tmp_path: Path, make_webvid: Any) -> None:
     module = make(make_webvid(tmp_path, 2, frames=48), batch_size=8, curriculum=Curriculum(steps=4))
     rates = [batch["fps"].mean().item() for batch in batches(module, 6)]

@@ -29,7 +29,7 @@ def test_sides_fit_between_stages(size: str) -> None:
     assert config.decoder.size * config.sr_low.factor == config.sr_low.size
     assert config.sr_low.size * config.sr_high.factor == config.sr_high.size
     for stage in (config.sr_low, config.sr_high):
-        levels = 2 ** (len(stage.unet.multiples) - 1)
+        levels = stage.unet.patch * 2 ** (len(stage.unet.multiples) - 1)
         assert stage.crop % levels == 0 and stage.size % levels == 0 and stage.crop % stage.factor == 0
 
 
@@ -152,3 +152,17 @@ def test_missing_data_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.clips"):
         build.datamodule(load("base"), "decoder_video")
     assert isinstance(load("tiny"), Config)
+
+
+def test_keys_of_metadata_are_free_and_those_of_the_page_are_not(tmp_path: Path) -> None:
+    config = load("tiny", ["data.filters.only.group=[animals]", "data.filters.without.hexcode=held_out.txt"])
+    assert config.data.filters.only == {"group": ["animals"]}
+    assert config.data.filters.without == {"hexcode": "held_out.txt"}
+    with pytest.raises(ValueError, match="data.filters.only"):
+        load("tiny", ["data.filters.onyl.group=[animals]"])
+
+
+def test_a_stage_has_pictures_of_its_own() -> None:
+    config = load("tiny", ["sr_high.shards=[large.tar]", "data.weights=[1]"])
+    assert build.datamodule(config, "sr_high").groups == [["large.tar"]]  # type: ignore[union-attr]
+    assert build.datamodule(config, "sr_low").groups == [config.data.shards]  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ from models.unet import UNet
 
 IMAGE = ["prior", "decoder", "sr_low", "sr_high"]
 VIDEO = ["decoder_video", "sr_low_video", "sr_high_video", "interpolation"]
-REAL = [size for size in sizes() if size != "tiny"]  # the demo has a recipe of minutes
+REAL = [size for size in sizes() if size not in ("tiny", "emoji")]  # these have recipes of minutes and hours
 RANKS = 64  # on which the page `paper` has unCLIP's batches
 
 # unCLIP (arXiv 2204.06125), table 3 of appendix C, and the sampler of each stage there.

@@ -82,6 +82,7 @@ SWITCHES = {
     "no small clip": {"low_res": False},
     "variance not learned": {"learned_variance": False},
     "residual": {"residual": True},
+    "patches": {"patch": 2, "residual": True},
     "recomputed": {"checkpoint_activations": True},
     "common layout": {"channels_last": False},
     "one level": {"multiples": [1], "attention": [1]},
@@ -359,9 +360,24 @@ def test_wrong_input_is_refused(net, inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 5])
-def test_a_residual_upsampler_begins_as_the_small_clip(inputs, frames):
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_residual_upsampler_begins_as_the_small_clip(inputs, frames, patch):
     """unet.residual: the network of step 0 is the plain resize of what it is given, whatever the noise."""
-    fresh = UNet(replace(CONFIG, residual=True, learned_variance=False, embedding_width=0), temporal=True)
+    shape = replace(CONFIG, residual=True, learned_variance=False, embedding_width=0, patch=patch)
+    fresh = UNet(shape, temporal=True)
     x, low = torch.randn(2, 3, frames, 8, 8), torch.randn(2, 3, frames, 8, 8)
     out = fresh(x, torch.tensor([3, 900]), low_res=low, noise_level=torch.tensor([0, 40]))
     assert torch.equal(out, low)
+
+
+@torch.no_grad()
+def test_patches_are_pixels_in_channels(randomise):
+    """unet.patch: the network is a plain one on pixel_unshuffle's channels, and its output goes the way back."""
+    plain = replace(CONFIG, low_res=False, embedding_width=0, attention=[])
+    net = randomise(UNet(replace(plain, patch=2))).eval()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    inner = randomise(UNet(plain)).eval()
+    inner.conv_in, inner.conv_out = net.conv_in, net.conv_out
+    inner.load_state_dict(net.state_dict())
+    want = torch.nn.functional.pixel_shuffle(inner(torch.nn.functional.pixel_unshuffle(x, 2), t), 2)
+    torch.testing.assert_close(net(x, t), want)
