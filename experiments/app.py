@@ -96,14 +96,10 @@ def page(gr: Any, config: Config, maker: MakeAVideo) -> Any:
                                  show_progress_on=outputs[0], concurrency_limit=1, concurrency_id="film",
                                  api_visibility="private")  # fmt: skip
             if uploads:  # they are deleted, so they are not shown as if they were there
-                event.then(cleared(len(uploads)), None, uploads, queue=False, api_visibility="private")
+                empty = [None] * len(uploads) if len(uploads) > 1 else None
+                event.then(lambda empty=empty: empty, None, uploads, queue=False, api_visibility="private")
     blocks.queue(max_size=WAITING, default_concurrency_limit=1)
     return blocks
-
-
-def cleared(n: int) -> Callable[[], Any]:
-    """What empties n fields."""
-    return lambda: [None] * n if n > 1 else None
 
 
 def fields_of(gr: Any, use: str) -> dict[str, Any]:
@@ -166,7 +162,9 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
         finally:
             for upload in filter(None, uploads):
                 Path(upload).unlink(missing_ok=True)
-        told = f"{about(made)}, seed **{request.seed}**, {time.monotonic() - start:.0f} s: `{path}`"
+        clip, fps = made.last()
+        told = (f"{clip.shape[2]} frames of {clip.shape[-1]} x {clip.shape[-2]}, {fps:.3g} a second, seed "
+                f"**{request.seed}**, {time.monotonic() - start:.0f} s: `{path}`")  # fmt: skip
         return str(path), told, gr.DownloadButton(value=str(path), interactive=True), frames(made)
 
     return make
@@ -202,11 +200,6 @@ def sentence(error: Exception, uploads: list[str | None]) -> str:
     return escape(text)
 
 
-def about(film: Film) -> str:
-    clip, fps = film.last()
-    return f"{clip.shape[2]} frames of {clip.shape[-1]} x {clip.shape[-2]}, {fps:.3g} a second"
-
-
 def frames(film: Film) -> list[tuple[np.ndarray, str]]:
     """At most `SHOWN` frames of the film, evenly over it, as uint8 `h w 3` with their numbers."""
     pictures = to_uint8(film.last()[0][0])
@@ -217,7 +210,8 @@ def frames(film: Film) -> list[tuple[np.ndarray, str]]:
 def launch(config: Config, maker: MakeAVideo, folder: Path, port: int | None = None) -> Any:
     """Start the page and return it, `.local_url` its address; the first free port from 7860 unless one is given."""
     gr = gradio(folder)
-    config = replace(config, generate=replace(config.generate, formats=playable_first(config.generate.formats)))
+    formats = ["mp4", *(form for form in config.generate.formats if form != "mp4")]  # the first is played
+    config = replace(config, generate=replace(config.generate, formats=formats))
     build.run_folder(config, "films").mkdir(parents=True, exist_ok=True)
     blocks = page(gr, config, maker)
     blocks.launch(
@@ -226,11 +220,6 @@ def launch(config: Config, maker: MakeAVideo, folder: Path, port: int | None = N
         run_history=False, enable_monitoring=False, mcp_server=False, pwa=False, ssr_mode=False, show_error=False,
     )  # fmt: skip
     return blocks
-
-
-def playable_first(formats: list[str]) -> list[str]:
-    """The formats with one that browsers play at the head."""
-    return sorted({"mp4", *formats}, key=lambda form: (form != "mp4", form))
 
 
 @for_people

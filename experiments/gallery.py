@@ -86,8 +86,7 @@ def scores(results: list[dict[str, Any]]) -> str:
     tiles, rows = "", ""
     for result in results:
         for name, score in result["scores"].items():
-            interval = score.get("interval")
-            span = f", {number(interval[0])} to {number(interval[1])}" if interval else ""
+            span = ", " + " to ".join(map(number, score["interval"])) if score.get("interval") else ""
             tiles += f'<div class="tile"><b>{number(score["value"])}</b><span>{escape(name)}{span}</span></div>'
             told = {k: v for k, v in score.items() if k not in ("value", "interval", "name") and v not in (None, "")}
             about = ", ".join(f"{k} {v}" for k, v in {**told, **plain(result.get("samples", {}))}.items())

@@ -168,4 +168,3 @@ def test_presets_and_errors() -> None:
     assert (draft.sampler, draft.steps, draft.guidance) == ("dpmpp_2m", 10, 2.0)
     error = ValueError("trace\n/x/y/fox.png: <img src=x>")
     assert app.sentence(error, ["/x/y/fox.png", None]) == "fox.png: &lt;img src=x&gt;"
-    assert app.playable_first(["gif", "webm"]) == ["mp4", "gif", "webm"]
