@@ -176,7 +176,7 @@ $(VENV)/.bench $(VENV)/.app: $(VENV)/.%: $(READY)
 	@touch $@
 
 test: $(READY) ## the tests: no network, no GPU
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 golden: $(READY) ## rewrite the losses that tests hold training to, after a change that is meant to change them
 	@GOLDEN=write $(RUN) -m pytest tests/experiments/test_resume.py -k golden
