@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,8 +144,7 @@ def about(scored: Scored, side: int, seconds: float, config: Config, task: Task)
     if len(scored.kinds) > 1:
         cut = {"start": f"drawn from seed {seed}", "cut": f"{CUT} to {side}"}
         result["real"] = {"path": task.real, "n": scored.counts[1], "fps": round(scored.mean_rate(1), 3), **cut}
-        missing = {"the file is missing": len(task.problems)} if task.problems else {}
-        result["skipped"]["real"] = missing | dict(scored.skipped[1])
+        result["skipped"]["real"] = dict(Counter(cause for _, cause in task.problems) + scored.skipped[1])
         if scored.counts[1] != scored.counts[0]:
             result["notes"].append(f"{scored.counts[1]:,} real clips, {scored.counts[0]:,} generated ones")
     for kind, causes in result["skipped"].items():
@@ -153,7 +153,7 @@ def about(scored: Scored, side: int, seconds: float, config: Config, task: Task)
 
 
 def check_listed(config: Config, task: Task) -> float:
-    """The share of the real clips whose files are missing; ValueError where it is more than data.max_skipped."""
+    """The share of the listed real clips that are not there; ValueError where it is more than data.max_skipped."""
     missing, listed = len(task.problems), len(task.problems) + len(task.clips)
     if missing > config.data.max_skipped * listed:
         name, cause = task.problems[0]
@@ -174,5 +174,5 @@ def check(scored: Scored, config: Config, task: Task) -> None:
         gone = check_listed(config, task) if kind else 0.0  # of all that are listed, of which `listed` were drawn
         if gone + (1 - gone) * (listed - n) / listed > config.data.max_skipped:
             allowed = f"more than data.max_skipped={config.data.max_skipped} allows"
-            besides = f", besides {len(task.problems)} missing files" if gone else ""
+            besides = f", besides {len(task.problems)} that are not there" if gone else ""
             raise ValueError(f"{listed - n} of the {listed} {whose} cannot be used{besides}, {allowed}{why}")
