@@ -88,7 +88,8 @@ class Scored:
     """Batches of all kinds of clips, once, one kind after the other, with what is to be reported of them.
 
     skipped: failures by cause, of each kind. rates: the sum and the number of the frame rates of each kind.
-    waiting: seconds that the caller waited for a batch.
+    waiting: seconds that the caller waited for a batch, or for the processes that read to start.
+    sizes: those of the files' frames, (height, width), of kinds that are shown as they are.
     Raises ValueError where the files of the first kind have frames of several sizes and `side` does not make them one.
     """
 
@@ -112,10 +113,11 @@ class Scored:
         self.examples: dict[str, str] = {}
         self.counts = [0 for _ in kinds]
         self.fps = [0.0 for _ in kinds]  # sums
-        self.waiting = 0.0
+        self.sizes: set[tuple[int, int]] = set()
         self.size: tuple[int, int] | None = None
-        # Now, not at the first batch: the workers read while the caller still loads its networks.
+        start = time.perf_counter()
         self.batches = iter(self.loader)
+        self.waiting = time.perf_counter() - start
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -141,7 +143,10 @@ class Scored:
         self.counts[kind] += len(batch["number"])
         self.fps[kind] += sum(batch["fps"])
         for number, size in zip(batch["number"], batch["size"], strict=True):
-            if self.kinds[kind].rate or self.kinds[kind].side:
+            if self.kinds[kind].rate:
+                continue
+            self.sizes.add(tuple(size))
+            if self.kinds[kind].side:
                 continue
             self.size = self.size or tuple(size)
             if tuple(size) != self.size:

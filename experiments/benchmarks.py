@@ -5,6 +5,7 @@ of a class as it has a share of the training set. MSR-VTT: a sample for each cap
 """
 
 import csv
+import hashlib
 import heapq
 import io
 import json
@@ -35,6 +36,8 @@ class Task:
     real: str  # where they are from, in words
     problems: list[Problem] = field(default_factory=list)  # real clips that are listed and not there
     notes: list[str] = field(default_factory=list)  # where this is not the published protocol
+    samples: int = 0  # of the published protocol; 0 = there is none
+    beside: dict[str, str] = field(default_factory=dict)  # a prompt's real clip, by path
 
 
 def folder_task(config: Config, need_prompts: bool = True, need_clips: bool = True) -> Task:
@@ -65,7 +68,15 @@ def names(root: str, template: str = "{}") -> list[str]:
         found = [row["name"] for row in csv.DictReader(file) if row.get("name")]
     if not found:
         raise ValueError(f"{tables[0]} has no names, so there is nothing to prompt with.")
-    return [template.format(name) for name in found]
+    return [prompted(template, name) for name in found]
+
+
+def prompted(template: str, name: str) -> str:
+    """The prompt of a name. Raises ValueError for a template that is none."""
+    try:
+        return template.format(name)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ValueError(f"evaluate.prompt='{template}' is no template: {{}} stands for the name, once.") from None
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -136,15 +147,16 @@ def ucf101(config: Config) -> Task:
     sentences = read_sentences()
     if unknown := [name for name in counts if name not in sentences]:
         raise ValueError(f"{SENTENCES.name} has no sentence for the class {unknown[0]} of {config.evaluate.ucf101}.")
-    notes = ["the 101 sentences are ours, as those of the paper are not published"]
-    if n != UCF101_SAMPLES:
-        notes.append(f"{n:,} samples in place of {UCF101_SAMPLES:,}")
+    frozen = hashlib.sha256(SENTENCES.read_bytes()).hexdigest()[:12]
+    notes = [f"the 101 sentences are ours (SHA-256 {frozen}), as those of the paper are not published"]
     if len(counts) != UCF101_CLASSES:
         notes.append(f"{len(counts)} classes in place of {UCF101_CLASSES}")
     if len(clips) != UCF101_TRAIN:
         notes.append(f"{len(clips):,} clips in the training set in place of {UCF101_TRAIN:,}")
     texts = [sentences[name] for name in shares(counts, n)]
-    return Task("ucf101", texts, clips, "UCF-101, trainlist01", problems, notes)
+    of_class = {clip.key.split("/")[0]: str(clip.file) for clip in reversed(clips)}
+    beside = {sentences[name]: path for name, path in of_class.items()}
+    return Task("ucf101", texts, clips, "UCF-101, trainlist01", problems, notes, UCF101_SAMPLES, beside)
 
 
 def read_sentences() -> dict[str, str]:
@@ -168,7 +180,8 @@ def read_ucf101(root: str) -> tuple[list[Clip], dict[str, int], list[Problem]]:
             raise FileNotFoundError(f"there is no {part}: evaluate.ucf101 holds UCF-101 and ucfTrainTestlist.")
     lines = [line.split() for line in (lists / "classInd.txt").read_text().splitlines() if line.strip()]
     listed = [line.split()[0] for line in (lists / "trainlist01.txt").read_text().splitlines() if line.strip()]
-    if any(len(line) != 2 for line in lines) or any(name.count("/") != 1 for name in listed):
+    whole = lines and listed
+    if not whole or any(len(line) != 2 for line in lines) or any(name.count("/") != 1 for name in listed):
         raise ValueError(f"{lists} is not of UCF-101's form: lines '1 Class' and 'Class/v_Class_g01_c01.avi 1'.")
     counts = Counter(name.split("/")[0] for name in listed)
     there = [name for name in listed if (videos / name).is_file()]
@@ -197,13 +210,14 @@ def msrvtt(config: Config) -> Task:
         notes.append(f"{videos:,} videos in place of {MSRVTT_VIDEOS:,}")
     n = videos if settings.msrvtt_captions == "one" else len(captions)
     if settings.msrvtt_captions == "one":
-        notes.append(f"one caption of each video, {n:,} samples in place of one for every caption")
+        notes.append("one caption of each video in place of all")
     if 0 < settings.msrvtt_samples < n:
         n = settings.msrvtt_samples
-        notes.append(f"the first {n:,} samples alone")
-    return Task(
-        "msrvtt", [text for _, text in captions[:n]], clips, f"MSR-VTT, {settings.msrvtt_split}", problems, notes
-    )
+        notes.append("the first samples alone")
+    texts, files = [text for _, text in captions[:n]], {clip.key: str(clip.file) for clip in clips}
+    beside = {text: files[video] for video, text in reversed(captions[:n]) if video in files}
+    real = f"MSR-VTT, {settings.msrvtt_split}"
+    return Task("msrvtt", texts, clips, real, problems, notes, MSRVTT_CAPTIONS, beside)
 
 
 def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], list[Clip], list[Problem]]:
@@ -212,17 +226,20 @@ def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], 
     First comes the first caption of every video, by its sen_id, then the second of every video: the beginning of the
     list is one caption for each video. root: holds test_videodatainfo.json or train_val_videodatainfo.json, {"videos":
     [{"video_id", "split"}], "sentences": [{"caption", "video_id", "sen_id"}]}, and the videos, video_id.mp4, in any
-    folder (TestVideo/ as distributed). Raises FileNotFoundError, and ValueError for another layout.
+    folder (TestVideo/ as distributed). A JSON without sentences, as test_videodatainfo_nosen.json of the set, is left
+    out; a sentence that two of them hold counts once. Raises FileNotFoundError, and ValueError for another layout.
     """
     if not root:
         raise ValueError("name the folder of MSR-VTT, as in evaluate.msrvtt=path; README.md says how to obtain it.")
-    tables = sorted(Path(root).glob("*.json"))
+    tables = sorted(Path(root).glob("*_videodatainfo.json")) or sorted(Path(root).glob("*.json"))
     if not tables:
         raise FileNotFoundError(f"there is no test_videodatainfo.json in {root} (evaluate.msrvtt).")
-    wanted: dict[str, list[tuple[int, str]]] = {}
+    wanted: dict[str, dict[int, str]] = {}
     for table in tables:
         try:
             meta = json.loads(table.read_text(encoding="utf-8"))
+            if len(tables) > 1 and "sentences" not in meta:
+                continue
             listed = {str(video["video_id"]) for video in meta["videos"] if video["split"] == split}
             rows = [(str(s["video_id"]), int(s["sen_id"]), str(s["caption"])) for s in meta["sentences"]]
         except (ValueError, KeyError, TypeError):
@@ -232,11 +249,11 @@ def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], 
             ) from None
         for video, number, caption in rows:
             if video in listed and caption.strip():
-                wanted.setdefault(video, []).append((number, caption.strip()))
+                wanted.setdefault(video, {})[number] = caption.strip()
     if not wanted:
         raise ValueError(f"the split '{split}' has no caption in {root}; there are train, validate and test.")
     order = sorted(wanted, key=lambda video: (len(video), video))  # video7010 before video10000
-    turns = [sorted(wanted[video]) for video in order]
+    turns = [sorted(wanted[video].items()) for video in order]
     captions = [(video, turn[k][1]) for k in range(max(map(len, turns)))
                 for video, turn in zip(order, turns, strict=True) if k < len(turn)]  # fmt: skip
     files = {path.stem: str(path) for path in sorted(Path(root).rglob("video*.mp4"))}

@@ -23,7 +23,7 @@ from lightning_modules.interpolation import InterpolationModule
 from lightning_modules.prior import PriorModule
 from lightning_modules.super_resolution import SuperResolutionModule
 from models.cascade import MakeAVideo, OnStep, Stage
-from models.clip import Clip, build_clip
+from models.clip import Clip, build_clip, quick_gelu
 from models.diffusion import Diffusion
 from models.prior import Prior
 from models.unet import UNet
@@ -244,7 +244,7 @@ def load_clip(config: Config) -> Clip:
         if found != model.sha256:
             raise ValueError(f"{model.pretrained} has SHA-256 {found}, the config says {model.sha256}.")
     try:
-        pretrained = open_clip.create_model(model.name, pretrained=model.pretrained)
+        pretrained = open_clip.create_model(model.name, pretrained=model.pretrained, force_quick_gelu=quick_gelu(model))
     except RuntimeError as error:
         raise ValueError(f"clip.model: {str(error).splitlines()[0]}") from None
     width = pretrained.text_projection.shape[-1] if hasattr(pretrained, "text_projection") else model.embedding_width

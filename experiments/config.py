@@ -157,6 +157,7 @@ class EvaluateConfig:
     prompts: str = ""  # .txt with one a line, .csv, .json or .jsonl; empty = the names in the CSV of the real clips
     prompt: str = "{}"  # how one of those names becomes a prompt; names are for evaluation alone
     generated: str = ""  # clips to score in place of generating some, anything that data.clips may be
+    setting: str = ""  # of the row in a benchmark's table, as zero-shot; empty = zero-shot, where clips are generated
     folder: str = ""  # where generated clips are kept; empty = <runs>/<size>/evaluate/samples, ucf101 or msrvtt
     samples: int = 32  # generated clips, and real ones; 0 = one for each prompt
     batch_size: int = 8

@@ -21,9 +21,10 @@ from experiments import build
 from experiments.benchmarks import Task, folder_task, msrvtt, read_prompts, ucf101
 from experiments.cli import for_people
 from experiments.config import Config, load, save
+from experiments.gallery import real_clips
 from experiments.published import log_wandb, markdown, published
 from experiments.sampling import OUTPUTS, generate, name, number_of, read_manifest
-from experiments.scores import DISTANCES, score
+from experiments.scores import DISTANCES, check_listed, metrics_of, score
 from experiments.train import quiet
 from experiments.watch import PROJECT
 from lightning_modules import parallel
@@ -37,6 +38,8 @@ SCORES = {  # what each command computes
     "ucf101": ("fvd", "kvd", "is"),
     "msrvtt": ("fid", "clip_fid", "clipsim"),
 }
+# What both benchmarks are of: 16 x 256 x 256, the decoder's frames through SR_l^t.
+FRAMES, RESOLUTION, PUBLISHED_OUTPUT = 16, 256, "upsampled"
 BENCHMARKS: dict[str, Callable[[Config], Task]] = {"ucf101": ucf101, "msrvtt": msrvtt}
 
 
@@ -48,14 +51,21 @@ def evaluate(config: Config, what: str) -> dict[str, Any]:
     """
     if what not in SCORES:
         raise ValueError(f"there is no metric '{what}': it is one of {', '.join(SCORES)}.")
-    settings, start = config.evaluate, time.perf_counter()
-    output = settings.output or ("upsampled" if what in BENCHMARKS else "decoded")
+    settings, start, benchmark = config.evaluate, time.perf_counter(), what in BENCHMARKS
+    if benchmark and settings.generated and not settings.setting:
+        raise ValueError(
+            "how were these clips made? evaluate.setting= says it in the table of the benchmark, as setting=zero-shot."
+        )
+    output = settings.output or (PUBLISHED_OUTPUT if benchmark else "decoded")
     if output not in OUTPUTS:
         raise ValueError(f"evaluate.output '{output}' is not one of {', '.join(OUTPUTS)}.")
-    if what in BENCHMARKS:
+    if benchmark:
         task = BENCHMARKS[what](config)
     else:
         task = folder_task(config, not settings.generated, any(each in DISTANCES for each in SCORES[what]))
+    check_listed(config, task)
+    # Before anything is generated: weights that are missing are told at once.
+    metrics = metrics_of(config, SCORES[what]) if parallel.first_rank() else {}
     if settings.generated:
         made, texts = given(config, task, "clipsim" in SCORES[what])
         known = read_manifest(Path(settings.generated))
@@ -64,20 +74,38 @@ def evaluate(config: Config, what: str) -> dict[str, Any]:
         folder = Path(settings.folder) if settings.folder else build.run_folder(config, "evaluate") / task.name
         digest, texts = generate(config, output, task.prompts, folder), task.prompts
         made = [Clip(name(k), str(folder / name(k))) for k in range(len(texts))]
-        seeds = [config.seed, config.seed + len(made) - 1]
+        seeds = f"sample_seed({config.seed}, k) of sample k"
         kept = {"folder": str(folder), "digest": digest, "output": output, "seeds": seeds}
     if not parallel.first_rank():
         return {}
+    if not settings.generated:
+        with whole(folder / "real.json") as path:  # for the gallery
+            path.write_text(json.dumps(task.beside or real_clips(config), indent=1))
     generating = time.perf_counter() - start
     result: dict[str, Any] = {"benchmark": what, "size": config.size, "seed": config.seed}
-    result["setting"] = "zero-shot" if what in BENCHMARKS else ""
-    result |= score(config, SCORES[what], made, texts, task)
+    result["setting"] = settings.setting or ("zero-shot" if benchmark else "")
+    result |= score(config, metrics, made, texts, task)
     result["samples"] |= kept
     result["seconds"]["generating"] = round(generating, 2)
-    result["notes"] = task.notes + result["notes"]
+    result["notes"] = task.notes + (departures(task, result["samples"]) if benchmark else []) + result["notes"]
     result["published"] = published(what)
     write(config, result)
     return result
+
+
+def departures(task: Task, samples: dict[str, Any]) -> list[str]:
+    """Where the samples that were scored are not those of the benchmark, as notes."""
+    told = []
+    if samples["n"] != task.samples:
+        told.append(f"{samples['n']:,} samples in place of {task.samples:,}")
+    for key, published_one in (("frames", FRAMES), ("resolution", RESOLUTION)):
+        if samples[key] != published_one:
+            told.append(f"{key} {samples[key]} in place of {published_one}")
+    if not samples["output"]:
+        told.append("clips made elsewhere, of whose prompts and class shares nothing is known here")
+    elif samples["output"] != PUBLISHED_OUTPUT:
+        told.append(f"output {samples['output']} in place of {PUBLISHED_OUTPUT}")
+    return told
 
 
 def given(config: Config, task: Task, captioned: bool) -> tuple[list[Clip], list[str]]:

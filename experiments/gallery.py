@@ -1,9 +1,9 @@
 """`python -m experiments.gallery SIZE [FOLDER] [key=value ...]`: a page of films beside real clips, with scores.
 
 The films are the clips that were made for the scores, `runs/<size>/evaluate/samples`, without them those of
-`runs/<size>/films`, or those of any folder. The real clip is the one whose name in the CSV of `data.clips`, or whose
-caption or class in a benchmark (`evaluate.msrvtt=`, `evaluate.ucf101=`) gives the film's sentence. The page,
-`gallery.html` in that folder, holds its films itself.
+`runs/<size>/films`, or those of any folder. The real clip is the one that `evaluate` has noted for the sentence: the
+clip of that name, the captioned video of MSR-VTT, one of the class of UCF-101. The page, `gallery.html` in that folder,
+holds its films itself.
 """
 
 import base64
@@ -14,14 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import read_msrvtt, read_sentences, read_ucf101
-from experiments.charts import number
+from experiments.benchmarks import prompted
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.samples import PROMPTS, Sample, films_in, playable, read, read_prompts, samples
 
 MOST = 48  # films on a page, evenly chosen
-SIDE, LARGEST = 256, 200_000  # a larger file is embedded at this many pixels a side
+SIDE, SECONDS, LARGEST = 256, 10, 200_000  # a larger file is embedded at so many pixels a side, and its beginning
 PLAY = """
 const turn = (film) => (film.isIntersecting ? film.target.play() : film.target.pause());
 const seen = new IntersectionObserver((films) => films.forEach(turn));
@@ -36,12 +35,10 @@ def gallery(folder: Path, config: Config) -> Path:
         FileNotFoundError: there are no films.
         ValueError: a film is unreadable.
     """
-    real = real_clips(config)
+    real = beside(folder, config)
     shown = samples(folder, [*read_prompts(PROMPTS), *real], MOST)
-    beside = sum(film.prompt in real for film in shown)
-    told = (
-        f"{len(shown)} of {len(films_in(folder))} films in {folder.name}, {beside} beside the real clip of their name"
-    )
+    with_real = sum(film.prompt in real for film in shown)
+    told = f"{len(shown)} of {len(films_in(folder))} films in {folder.name}, {with_real} beside a real clip"
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -56,29 +53,26 @@ def gallery(folder: Path, config: Config) -> Path:
     return path
 
 
-def real_clips(config: Config) -> dict[str, Path]:
-    """Sentence -> real clip: those with a name in the CSV of `data.clips`, and those of the benchmarks that are named.
+def real_clips(config: Config) -> dict[str, str]:
+    """Sentence -> real clip, of the clips that have a name in the CSV of their folder; empty where there is none.
 
-    In UCF-101 the first clip of a sentence's class; {} where there is no real clip.
+    The folder is evaluate.clips, else data.clips.
     """
-    found: dict[str, Path] = {}
-    for table in sorted(Path(config.data.clips).glob("*.csv")):
+    found: dict[str, str] = {}
+    for table in sorted(Path(config.evaluate.clips or config.data.clips).glob("*.csv")):
         with table.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 path = table.parent / (row.get("page_dir") or "") / f"{row.get('videoid')}.mp4"
                 if row.get("name") and path.is_file():
-                    found.setdefault(config.evaluate.prompt.format(row["name"]), path)
-    if config.evaluate.msrvtt:
-        captions, clips, _ = read_msrvtt(config.evaluate.msrvtt, config.evaluate.msrvtt_split)
-        files = {clip.key: Path(str(clip.file)) for clip in clips}
-        for video, caption in captions:
-            if video in files:
-                found.setdefault(caption, files[video])
-    if config.evaluate.ucf101:
-        sentences = read_sentences()
-        for clip in read_ucf101(config.evaluate.ucf101)[0]:
-            found.setdefault(sentences[clip.key.split("/")[0]], Path(str(clip.file)))
+                    found.setdefault(prompted(config.evaluate.prompt, row["name"]), str(path))
     return found
+
+
+def beside(folder: Path, config: Config) -> dict[str, Path]:
+    """Sentence -> real clip: as the evaluation that made these films wrote them, without it the named clips."""
+    path = folder / "real.json"
+    found = json.loads(path.read_text()) if path.is_file() else real_clips(config)
+    return {prompt: Path(file) for prompt, file in found.items() if Path(file).is_file()}
 
 
 def scores(results: list[dict[str, Any]]) -> str:
@@ -86,8 +80,10 @@ def scores(results: list[dict[str, Any]]) -> str:
     tiles, rows = "", ""
     for result in results:
         for name, score in result["scores"].items():
-            span = ", " + " to ".join(map(number, score["interval"])) if score.get("interval") else ""
-            tiles += f'<div class="tile"><b>{number(score["value"])}</b><span>{escape(name)}{span}</span></div>'
+            interval = score.get("interval")
+            span = f", {digits(interval[0])} to {digits(interval[1])}" if interval else ""
+            named = f"{name}, {score['backbone']}" if "backbone" in score else name
+            tiles += f'<div class="tile"><b>{digits(score["value"])}</b><span>{escape(named)}{span}</span></div>'
             told = {k: v for k, v in score.items() if k not in ("value", "interval", "name") and v not in (None, "")}
             about = ", ".join(f"{k} {v}" for k, v in {**told, **plain(result.get("samples", {}))}.items())
             rows += f"<tr><td>{escape(name)}</td><td>{escape('; '.join([about, *result.get('notes', [])]))}</td></tr>"
@@ -95,6 +91,11 @@ def scores(results: list[dict[str, Any]]) -> str:
         f'<section><div class="head"><h2>Scores</h2></div><div class="tiles">{tiles}</div>'
         f'<details><summary>What they were computed on</summary><table class="told">{rows}</table></details></section>'
     )
+
+
+def digits(value: float) -> str:
+    """A score with the digits in which it is published: 0.3049, 367.23."""
+    return f"{value:.{4 if abs(value) < 10 else 2}f}"
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +110,9 @@ def card(film: Sample, real: Path | None) -> str:
 
 
 def embedded(film: Sample) -> str:
-    """A <video> that holds the film."""
-    data, kind = playable(film, SIDE if film.path.stat().st_size > LARGEST else 0)
+    """A <video> that holds the film, of a large file its beginning."""
+    large = film.path.stat().st_size > LARGEST
+    data, kind = playable(film, SIDE if large else 0, SECONDS if large else 0)
     source = f"data:video/{kind};base64,{base64.b64encode(data).decode()}"
     return f'<video src="{source}" loop muted playsinline controls preload="metadata"></video>'
 
@@ -131,7 +133,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("usage: python -m experiments.gallery SIZE [folder of films] [key=value ...]")
     size, *rest = arguments
     named = [a for a in rest if "=" not in a]
-    config = load(size, [a for a in rest if "=" in a], section="evaluate")
+    config = load(size, [a for a in rest if "=" in a])
     run = Path(config.runs) / config.size
     made = run / "evaluate" / "samples"
     print(gallery(Path(named[0]) if named else made if made.is_dir() else run / "films", config))

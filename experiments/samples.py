@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import av
+from av.bitstream import BitStreamFilterContext
 
 KINDS = (".mp4", ".webm")
 CODECS, FORMATS = ("h264", "vp8", "vp9", "av1"), ("yuv420p", "yuvj420p")  # what browsers play: not RGB, in which
@@ -27,6 +29,7 @@ class Sample:
     size: tuple[int, int]  # width, height
     seconds: float
     plays: bool  # in a browser, as it is
+    codec: str = ""
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -109,7 +112,8 @@ def read(path: Path, named: Mapping[str, str], prompt: str) -> Sample:
         raise ValueError(f"{path} cannot be read as a film ({error}): make it again or take it away.") from None
     words = re.sub(r"-\d+$", "", path.stem)
     prompt = prompt or named.get(slug(words)) or words.replace("-", " ")
-    return Sample(path, prompt, size, seconds, coded in {(codec, form) for codec in CODECS for form in FORMATS})
+    plays = coded in {(codec, form) for codec in CODECS for form in FORMATS}
+    return Sample(path, prompt, size, seconds, plays, coded[0])
 
 
 def noted(comment: str) -> str:
@@ -120,13 +124,15 @@ def noted(comment: str) -> str:
         return ""
 
 
-def playable(film: Sample, side: int = 0) -> tuple[bytes, str]:
+def playable(film: Sample, side: int = 0, seconds: float = 0, again: bool = False) -> tuple[bytes, str]:
     """A film as browsers play it, and its kind: the same pictures in a file without metadata, or h264 made of them.
 
-    side: pixels of the longer side that the film is made smaller to, 0 = as it is.
+    side: pixels of the longer side that the film is made smaller to, 0 = as it is. seconds: what is taken of one that
+    is encoded, 0 = all. again: encode it in any case.
     """
-    if film.plays and not 0 < side < max(film.size):
-        return copied(film.path), film.path.suffix.removeprefix(".")
+    if film.plays and not again and not 0 < side < max(film.size):
+        kind = film.path.suffix.removeprefix(".")
+        return copied(str(film.path), kind, film.codec), kind
     share = min(1.0, side / max(film.size)) if side else 1.0
     buffer = io.BytesIO()
     with av.open(str(film.path)) as source, av.open(buffer, "w", "mp4") as target:
@@ -134,23 +140,29 @@ def playable(film: Sample, side: int = 0) -> tuple[bytes, str]:
         video: Any = target.add_stream("libx264", rate=rate, options={"crf": "12" if share == 1 else "23"})
         video.width, video.height = (max(2, round(pixels * share / 2) * 2) for pixels in film.size)
         video.pix_fmt = "yuv420p"
-        for i, frame in enumerate(source.decode(video=0)):
+        most = round(seconds * rate) or None
+        for i, frame in enumerate(islice(source.decode(video=0), most)):
             frame = frame.reformat(video.width, video.height, "yuv420p")
             frame.pts, frame.time_base = i, 1 / rate
             target.mux(video.encode(frame))
         target.mux(video.encode())
-    return buffer.getvalue(), "mp4"
+    buffer.seek(0)
+    return copied(buffer, "mp4", "h264"), "mp4"
 
 
-def copied(path: Path) -> bytes:
-    """The pictures of a film as they are, in a file that does not tell who made it."""
+def copied(film: Any, kind: str, codec: str) -> bytes:
+    """The pictures of a film, by path or open file, as they are, in a file that does not tell who made it.
+
+    h264 has notes between its pictures, in which x264 leaves its name and settings: they (SEI, unit 6) are left out.
+    """
     buffer = io.BytesIO()
-    kind, options = path.suffix.removeprefix("."), {"fflags": "+bitexact"}
-    with av.open(str(path)) as source, av.open(buffer, "w", kind, options=options) as target:
+    with av.open(film) as source, av.open(buffer, "w", kind, options={"fflags": "+bitexact"}) as target:
         video = source.streams.video[0]
         copy = target.add_stream_from_template(video)
-        for packet in source.demux(video):
-            if packet.dts is not None:
-                packet.stream = copy
-                target.mux(packet)
+        clean = BitStreamFilterContext("filter_units=remove_types=6" if codec == "h264" else "null", video, copy)
+        packets = (packet for packet in source.demux(video) if packet.dts is not None)
+        for packet in chain(packets, [None]):  # the last empties the filter
+            for kept in clean.filter(packet):
+                kept.stream = copy
+                target.mux(kept)
     return buffer.getvalue()

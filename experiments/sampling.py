@@ -1,9 +1,9 @@
 """Generated clips of a benchmark, kept as files: made once, by any number of processes, and gone on with after a kill.
 
-Sample k is made of prompt k with the seed `seed + k`, in the batch of the samples whose numbers divided by the batch
-size have one quotient. So it does not depend on how many processes share the work, nor on what a kill left to do; a
-batch of which one sample is missing is made again as a whole. Files are h264 in RGB with no loss (libx264rgb, qp 0): a
-lossy codec changes FVD. `manifest.json` beside them says what made them; samples of something else are refused.
+Sample k is made of prompt k with the seed `sample_seed(seed, k)`, in the batch of the samples whose numbers divided by
+the batch size have one quotient. So it does not depend on how many processes share the work, nor on what a kill left to
+do; a batch of which one sample is missing is made again as a whole. Files are h264 in RGB with no loss (libx264rgb, qp
+0): a lossy codec changes FVD. `manifest.json` beside them says what made them; samples of something else are refused.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from experiments import build
 from experiments.config import Config
 from experiments.generate import make_cascade
 from lightning_modules import parallel
+from lightning_modules.metrics.weights import sha256_of
 from lightning_modules.whole import whole
 from models.cascade import MakeAVideo
 
@@ -88,7 +89,7 @@ class Sampling(L.LightningModule):
 
     def predict_step(self, batch: list[int], batch_idx: int) -> list[int]:
         assert self.maker is not None
-        seeds = [self.config.seed + k for k in batch]
+        seeds = [sample_seed(self.config.seed, k) for k in batch]
         clips = clips_of(self.config, self.maker, self.output, [self.prompts[k] for k in batch], seeds).cpu()
         for k, clip in zip(batch, clips, strict=True):
             if not (path := self.folder / name(k)).exists():
@@ -102,6 +103,14 @@ class Sampling(L.LightningModule):
 
     def on_predict_end(self) -> None:
         self.bar.close()
+
+
+def sample_seed(seed: int, k: int) -> int:
+    """The seed of sample k, below 2^48, of a run's seed: runs of other seeds have no noise in common.
+
+    With `seed + k` the run of seed 1 would have the noise of seed 0, one sample on.
+    """
+    return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0]) >> 16
 
 
 def name(k: int) -> str:
@@ -141,7 +150,8 @@ def made_of(config: Config, output: str) -> dict[str, str]:
     for stage in OUTPUTS[output]:
         section: Any = build.section(config, stage)
         if stage == "clip" and config.clip.model.name:
-            parts[stage] = asdict(config.clip.model)
+            path = Path(config.clip.model.pretrained)
+            parts[stage] = [asdict(config.clip.model), sha256_of(path) if path.is_file() else ""]
             continue
         tuned = stage.startswith("sr_") and section.finetune_on_video
         parts[stage] = weights_digest(config, f"{stage}_video" if tuned else stage)
@@ -153,7 +163,8 @@ def made_of(config: Config, output: str) -> dict[str, str]:
             parts[f"cascade.{stage}"] = asdict(getattr(cascade, stage))
     stages = ("prior", "decoder", "interpolation", "sr_low", "sr_high")
     parts["cascade"] = {key: value for key, value in asdict(cascade).items() if key not in stages}
-    parts["evaluate.output"], parts["frame rate"], parts["seed"] = output, rate(config, output), config.seed
+    parts["evaluate.output"], parts["frame rate"] = output, rate(config, output)
+    parts["seed"] = sample_seed(config.seed, 0)  # a number that another rule for seeds changes
     parts["decoder.trainer.precision"] = build.precision(config.decoder.trainer.precision)
     return {part: short(value) for part, value in parts.items()}
 
@@ -163,8 +174,7 @@ def weights_digest(config: Config, stage: str) -> str:
     path = build.run_folder(config, stage) / "weights.safetensors"
     if not path.is_file():
         build.weights(config, stage)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def short(value: Any) -> str:

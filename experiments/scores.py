@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -25,6 +27,7 @@ from lightning_modules.metrics import (
     KernelVideoDistance,
     VideoInceptionScore,
 )
+from lightning_modules.metrics.weights import sha256_of
 from models.clip import Clip
 
 DISTANCES = ("fvd", "kvd", "fid", "clip_fid")  # which need real clips
@@ -53,17 +56,29 @@ def scoring_clip(config: Config) -> Clip:
     if known is None:
         raise ValueError(f"evaluate.clip_name: open_clip has no model '{named}'.")
     model = replace(config.clip.model, name=named, pretrained=pretrained, sha256="", embedding_width=known["embed_dim"])
-    return build.load_clip(replace(config, clip=replace(config.clip, model=model)))
+    clip = build.load_clip(replace(config, clip=replace(config.clip, model=model)))
+    if (path := Path(pretrained)).is_file():
+        clip.name = f"{named}/{path.name}, sha256:{sha256_of(path)}"
+    return clip
 
 
-def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: list[str], task: Task) -> dict[str, Any]:
+def metrics_of(config: Config, scores: tuple[str, ...]) -> dict[str, Any]:
+    """The metrics of these scores with their networks.
+
+    Raises FileNotFoundError and ValueError for weights that are not there, or not the ones they should be.
+    """
+    clip = scoring_clip(config) if {"clip_fid", "clipsim"} & set(scores) else None
+    return {each: metric(config, each, clip) for each in scores}
+
+
+def score(config: Config, metrics: dict[str, Any], made: list[Video], texts: list[str], task: Task) -> dict[str, Any]:
     """The scores of generated clips, against real ones of the task, with what they were computed on.
 
-    made: the generated clips, and texts a prompt for each where CLIPSIM is asked for. Real are as many clips, or all
-    there are, of as many frames, at the rate and the size of the generated ones.
+    metrics: as `metrics_of` makes them. made: the generated clips, and texts a prompt for each for CLIPSIM. Real
+    are as many clips, or all there are, of as many frames, at the rate and the size of the generated ones.
     Raises ValueError where too few clips can be read, or they have several sizes.
     """
-    settings, frames, seed = config.evaluate, config.cascade.frames, config.seed
+    settings, frames, seed, scores = config.evaluate, config.cascade.frames, config.seed, tuple(metrics)
     if len(made) < 2:
         raise ValueError(f"there are {len(made)} generated clips; a score needs at least two.")
     side, fps = look(made, frames)
@@ -71,15 +86,14 @@ def score(config: Config, scores: tuple[str, ...], made: list[Video], texts: lis
     kinds = [Shown(made, frames, settings.resolution)]
     if any(each in DISTANCES for each in scores):
         kinds.append(Shown(some(task.clips, len(made), seed), frames, side, fps, seed))
-    scored = Scored(kinds, settings.batch_size, settings.workers)
     device = torch.device(build.device())
-    clip = scoring_clip(config) if {"clip_fid", "clipsim"} & set(scores) else None
-    metrics: dict[str, Any] = {each: metric(config, each, clip).to(device) for each in scores}
+    metrics = {each: metrics[each].to(device) for each in scores}
     distances: dict[str, Metric] = {each: metrics[each] for each in scores if each in DISTANCES}
     # FVD and KVD are of the same features, which are computed once.
     groups = [["fvd", "kvd"]] if "kvd" in scores else [[each] for each in distances]
     together = MetricCollection(dict(distances), compute_groups=groups) if distances else None
-    start = time.perf_counter()
+    start = time.perf_counter()  # before the workers start: what they read ahead is waited for too
+    scored = Scored(kinds, settings.batch_size, settings.workers)
     for batch in tqdm(scored, "scoring batches", file=sys.stderr):
         videos, real = batch["video"].to(device, non_blocking=True), bool(batch["kind"])
         if together is not None:
@@ -114,17 +128,23 @@ def about(scored: Scored, side: int, seconds: float, config: Config, task: Task)
     """What was read, what was left out, and how long the networks waited for it."""
     frames, seed = config.cascade.frames, config.seed
     result: dict[str, Any] = {
-        "samples": {"n": scored.counts[0], "frames": frames, "resolution": side, "fps": round(scored.mean_rate(0), 3)},
+        "samples": {"n": scored.counts[0], "frames": frames, "resolution": side, "fps": round(scored.mean_rate(0), 3)}
+        | {"cut": "none: their pixels as they are"},
         "skipped": {"generated": dict(scored.skipped[0])},
         "waiting": round(scored.waiting / seconds, 4),
         "seconds": {"scoring": round(seconds, 2), "waiting": round(scored.waiting, 2)},
         "notes": [],
     }
+    if others := scored.sizes - {(side, side)}:
+        result["samples"]["cut"] = f"{CUT} to {side}"
+        sizes = ", ".join(f"{width}x{height}" for height, width in sorted(others)[:3]) + (
+            "..." if len(others) > 3 else ""
+        )
+        result["notes"].append(f"generated clips of {sizes} pixels cut to {side}x{side} ({CUT})")
     if len(scored.kinds) > 1:
         cut = {"start": f"drawn from seed {seed}", "cut": f"{CUT} to {side}"}
         result["real"] = {"path": task.real, "n": scored.counts[1], "fps": round(scored.mean_rate(1), 3), **cut}
-        missing = {"the file is missing": len(task.problems)} if task.problems else {}
-        result["skipped"]["real"] = missing | dict(scored.skipped[1])
+        result["skipped"]["real"] = dict(Counter(cause for _, cause in task.problems) + scored.skipped[1])
         if scored.counts[1] != scored.counts[0]:
             result["notes"].append(f"{scored.counts[1]:,} real clips, {scored.counts[0]:,} generated ones")
     for kind, causes in result["skipped"].items():
@@ -132,13 +152,27 @@ def about(scored: Scored, side: int, seconds: float, config: Config, task: Task)
     return result
 
 
+def check_listed(config: Config, task: Task) -> float:
+    """The share of the listed real clips that are not there; ValueError where it is more than data.max_skipped."""
+    missing, listed = len(task.problems), len(task.problems) + len(task.clips)
+    if missing > config.data.max_skipped * listed:
+        name, cause = task.problems[0]
+        raise ValueError(
+            f"{missing} of the {listed} clips of {task.real} cannot be used, more than "
+            f"data.max_skipped={config.data.max_skipped} allows: {cause} (as {name})."
+        )
+    return missing / max(1, listed)
+
+
 def check(scored: Scored, config: Config, task: Task) -> None:
-    """Raises ValueError where too few clips could be read for a score of them."""
+    """Raises ValueError where too few clips could be read for a score of them, those that are missing counted in."""
     for kind, n in enumerate(scored.counts):
         listed, whose = len(scored.kinds[kind]), f"clips of {task.real}" if kind else "generated clips"
         why = f": {scored.worst(kind)}." if scored.skipped[kind] else "."
         if n < 2:
             raise ValueError(f"{n} of the {listed} {whose} can be used, and a score needs at least two{why}")
-        if listed - n > config.data.max_skipped * listed:
+        gone = check_listed(config, task) if kind else 0.0  # of all that are listed, of which `listed` were drawn
+        if gone + (1 - gone) * (listed - n) / listed > config.data.max_skipped:
             allowed = f"more than data.max_skipped={config.data.max_skipped} allows"
-            raise ValueError(f"{listed - n} of the {listed} {whose} cannot be used, {allowed}{why}")
+            besides = f", besides {len(task.problems)} that are not there" if gone else ""
+            raise ValueError(f"{listed - n} of the {listed} {whose} cannot be used{besides}, {allowed}{why}")

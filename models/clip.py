@@ -56,6 +56,11 @@ def build_clip(config: ClipConfig) -> torch.nn.Module:
     )
 
 
+def quick_gelu(config: ClipConfig) -> bool:
+    """Are the weights of the tag of QuickGELU, as OpenAI's? Under a plain name open_clip builds GELU and only warns."""
+    return bool(open_clip.get_pretrained_cfg(config.name, config.pretrained).get("quick_gelu"))
+
+
 class Clip:
     """Embeds text and images in CLIP's joint space.
 

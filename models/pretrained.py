@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.cascade import MakeAVideo, OnStep, Stage
-from models.clip import Clip, ClipConfig, build_clip
+from models.clip import Clip, ClipConfig, build_clip, quick_gelu
 from models.diffusion import Diffusion, DiffusionConfig
 from models.prior import Prior, PriorConfig
 from models.sampling import STAGES, CascadeConfig, SamplingConfig
@@ -90,7 +90,9 @@ def load(
             raise ValueError(f"format {page['format']}, where {FORMAT} is known")
         name = page["clip"].pop("name")
         shape = ClipConfig(**page["clip"].pop("config"))
-        model = open_clip.create_model(shape.name) if shape.name else build_clip(shape)
+        model = (
+            open_clip.create_model(shape.name, force_quick_gelu=quick_gelu(shape)) if shape.name else build_clip(shape)
+        )
         stages = {key: stage_of(page["stages"][key]) for key in STAGES}
         settings: Any = {k: SamplingConfig(**v) if isinstance(v, dict) else v for k, v in page["cascade"].items()}
         config = CascadeConfig(**settings)

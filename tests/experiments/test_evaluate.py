@@ -6,13 +6,18 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from datamodules import scoring
+from datamodules.video_sources import Clip
 from experiments import build, evaluate, sampling
+from experiments.benchmarks import Task
 from experiments.config import Config, load
 from experiments.published import TABLE, column, long, markdown, published
+from experiments.scores import check
 from lightning_modules.metrics import FrechetInceptionDistance
 from tests.experiments.sets import frames, make_msrvtt, make_ucf101, write
 
@@ -30,6 +35,10 @@ def refused(config: Config, capsys: pytest.CaptureFixture[str], what: str, *sett
     message = str(end.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+def manifest_prompt(samples: dict[str, Any]) -> str:
+    return str(sampling.read_manifest(Path(samples["folder"]))["prompts"][0])
 
 
 @pytest.fixture
@@ -51,11 +60,15 @@ def test_ucf101_from_its_own_layout_to_the_table(
     assert result["scores"]["fvd_random"]["n_real"] == result["scores"]["kvd_random"]["n_fake"] == 4
     samples, real = result["samples"], result["real"]
     assert (samples["n"], samples["frames"], samples["resolution"], samples["output"]) == (4, 16, 32, "upsampled")
-    assert samples["fps"] == alone.cascade.fps and samples["seeds"] == [0, 3]
+    assert samples["fps"] == alone.cascade.fps and samples["seeds"] == "sample_seed(0, k) of sample k"
+    assert samples["cut"] == "none: their pixels as they are" and result["setting"] == "zero-shot"
     assert real["n"] == 4 and real["fps"] > samples["fps"]  # its clips are shorter than 16 frames take at that rate
     assert result["skipped"] == {"generated": {}, "real": {}}
     assert 0 < result["waiting"] < 1 and result["seconds"]["waiting"] < result["seconds"]["scoring"]
-    assert "4 samples in place of 10,000" in result["notes"]
+    assert {"4 samples in place of 10,000", "resolution 32 in place of 256"} <= set(result["notes"])
+    assert not any("frames" in note or "output" in note for note in result["notes"])  # these are the paper's
+    real_clips = json.loads((Path(samples["folder"]) / "real.json").read_text())
+    assert Path(real_clips[manifest_prompt(samples)]).is_file() and len(real_clips) == 3
     assert {"Make-A-Video", "Snap Video"} <= {row["method"] for row in result["published"]}
     manifest = sampling.read_manifest(Path(samples["folder"]))
     assert manifest["digest"] == samples["digest"] and len(manifest["prompts"]) == 4
@@ -70,6 +83,11 @@ def test_ucf101_from_its_own_layout_to_the_table(
     assert {"Make-A-Video", "ours, micro"} <= {row[0] for row in logged["data"]}
     assert len(logged["data"]) == len(published("ucf101")) + 3
     assert "there is no" in refused(alone, capsys, "ucf101", f"ucf101={tmp_path}/nowhere")
+    given = [f"ucf101={tmp_path}", f"generated={samples['folder']}", "splits=2", "workers=0"]
+    assert "evaluate.setting= says it" in refused(alone, capsys, "ucf101", *given)
+    theirs = run(alone, "ucf101", *given, "setting=fine-tuned")
+    assert theirs["scores"] == result["scores"] and theirs["setting"] == "fine-tuned"
+    assert "4 samples in place of 10,000" in theirs["notes"]  # though 10,000 is what would have been generated
 
 
 def test_msrvtt_from_its_own_layout_to_the_table(
@@ -86,6 +104,8 @@ def test_msrvtt_from_its_own_layout_to_the_table(
     assert result["skipped"]["real"] == {"the clip is too short for 4 frames": 1}
     for note in (
         "7 captions in the set, the paper has 59,794",
+        "3 samples in place of 59,794",
+        "frames 4 in place of 16",
         "1 real clips left out: the clip is too short for 4 frames",
         "2 real clips, 3 generated ones",
     ):
@@ -149,6 +169,53 @@ def test_bad_clips_are_a_sentence(alone: Config, tmp_path: Path, capsys: pytest.
     assert "there is no" in message(generated=real, clips=real, i3d=tmp_path / "nowhere.pt").lower()
 
 
+def test_what_cannot_be_scored_is_told_before_anything_is_generated(
+    alone: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "generate", lambda *_: pytest.fail("generated"))
+    real = tmp_path / "real"
+    write(real / "a.mp4", frames(20))
+    (tmp_path / "wrong.pt").write_bytes(b"weights")
+    settings = [f"clips={real}", f"prompts={three(tmp_path)}"]
+    assert "There is no I3D weight file" in refused(alone, capsys, "fvd", *settings, "i3d=nowhere.pt")
+    wrong = [f"inception={tmp_path / 'wrong.pt'}", "inception_sha256=" + "0" * 64]
+    assert "has the SHA-256" in refused(alone, capsys, "fid", *settings, *wrong)
+    (real / "results.csv").write_text("videoid,contentUrl,duration,page_dir,name\na,,PT1S,,bear\nb\nc\nd\n")
+    told = refused(alone, capsys, "fvd", *settings)
+    assert "3 of the 4 clips of" in told and "more than data.max_skipped=0.5 allows: " in told
+
+
+def test_missing_files_and_unreadable_ones_count_together() -> None:
+    task = Task(
+        "x", [], [Clip(str(k), str(k)) for k in range(6)], "a set", [(str(k), "the file is missing") for k in "abcd"]
+    )
+    scored: Any = SimpleNamespace(kinds=[range(6), range(6)], counts=[6, 5], skipped=[{}, {"cut": 1}],
+                                  worst=lambda kind: "1 times: cut")  # fmt: skip
+    config = load("tiny")
+    check(scored, config, task)  # 4 of 10 and one of the 6 others: half
+    scored.counts[1] = 4
+    with pytest.raises(
+        ValueError, match="2 of the 6 clips of a set cannot be used, besides 4 that are not there, more than"
+    ):
+        check(scored, config, task)
+
+
+def test_generated_clips_that_are_cut_are_told(alone: Config, tmp_path: Path) -> None:
+    for k in range(2):
+        write(tmp_path / "made" / f"{k}.mp4", frames(20, seed=k))
+    texts = tmp_path / "two.txt"
+    texts.write_text("a\nb\n")
+    result = run(alone, "clipsim", f"generated={tmp_path / 'made'}", f"prompts={texts}", "resolution=32", "workers=0")
+    assert result["samples"]["cut"] == "centre square, bicubic antialiased to 32"
+    assert result["notes"] == ["generated clips of 64x48 pixels cut to 32x32 (centre square, bicubic antialiased)"]
+
+
+def test_waiting_begins_before_the_workers_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(scoring.time, "perf_counter", lambda: next(clock))
+    assert scoring.Scored([scoring.Shown([Clip("a", "a")], 2, 0)], 1, 0).waiting == 1
+
+
 def three(folder: Path) -> Path:
     (folder / "three.txt").write_text("a\nb\nc\n")
     return folder / "three.txt"
@@ -170,9 +237,14 @@ def test_only_what_earns_its_name_stands_in_the_column() -> None:
     assert "| is_random | 1.5000 |" in page and "compare with no published number" in page
     assert column("fvd_random", {}) == column("is_random", {}) == column("fvd_short_side", {}) == ""
     assert column("clipsim", {"backbone": "ours-tiny-1234"}) == ""
-    assert column("clipsim", {"backbone": "ViT-B-32/openai"}) == "CLIPSIM"
-    assert column("clip_fid", {"backbone": "ViT-B-32/openai"}) == "CLIP-FID"
-    rows = list(long(result_of("msrvtt", {"fid": other}, [])))
+    assert column("fid", {"weights": "sha256:67"}) == "FID"
+    for of, name in ((("ViT-B-32", "ViT-B-16", "ViT-B-32-quickgelu"), "clipsim"), (("ViT-B-32",), "clip_fid")):
+        for model in of:
+            assert column(name, {"backbone": f"{model}/openai"}) == name.upper().replace("_", "-")
+        for other in ("ViT-B-32/laion2b_s34b_b79k", "ViT-B-32-256/datacomp_s34b_b86k", "ViT-L-14/openai"):
+            assert column(name, {"backbone": other}) == ""
+    assert column("clip_fid", {"backbone": "ViT-B-16/openai"}) == ""
+    rows = list(long(result_of("msrvtt", {"fid": {"value": 1.5, "interval": None}}, [])))
     assert rows[-1][:5] == ["ours, paper", "zero-shot", "256", "FID", "1.5"]
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from datamodules.clips import open_video
 from experiments import build, sampling
 from experiments.config import Config
-from experiments.sampling import OUTPUTS, clips_of, generate, missing, name, read_manifest, write_lossless
+from experiments.sampling import OUTPUTS, clips_of, generate, missing, name, read_manifest, sample_seed, write_lossless
 from tests.experiments.conftest import micro
 
 PROMPTS = [f"a bear, the {k}th" for k in range(7)]
@@ -68,16 +68,34 @@ def test_every_byte_comes_back(tmp_path: Path, side: int) -> None:
 
 
 def test_each_sample_has_its_own_seed_and_no_neighbours(made: Config, whole: Path) -> None:
-    """Sample 5 alone, with the seed 5, is the one that was made in a batch; another seed makes another."""
+    """Sample 5 alone, with its seed, is the one that was made in a batch; another seed makes another."""
     maker = sampling.make_cascade(made)
     maker.on_step = None
-    for k, seed, same in ((5, 5, True), (5, 6, False)):
+    for k, seed, same in ((5, sample_seed(0, 5), True), (5, sample_seed(0, 6), False)):
         alone = clips_of(made, maker, "decoded", [PROMPTS[k]], [seed])[0].permute(1, 2, 3, 0).cpu().numpy()
         gap = np.abs(alone.astype(int) - pixels(whole, k)).max()
         assert (gap <= 1) == same  # a batch of another size rounds otherwise
     assert len(contents(whole)) == 8 and len({data for data in contents(whole).values()}) == 8
     manifest = read_manifest(whole)
     assert manifest["prompts"] == PROMPTS and manifest["fps"] == made.cascade.fps
+
+
+def test_runs_of_two_seeds_have_no_noise_in_common() -> None:
+    """With `seed + k`, all but one of them would be the same. The first is frozen: another makes other samples."""
+    seeds = [sample_seed(seed, k) for seed in range(3) for k in range(2000)]
+    assert len(set(seeds)) == 6000 and all(0 <= seed < 2**48 for seed in seeds)
+    assert sample_seed(0, 0) == 240985647329524
+
+
+def test_a_pretrained_clip_by_path_is_told_by_its_bytes(made: Config, tmp_path: Path) -> None:
+    path = tmp_path / "clip.pt"
+    model = replace(made.clip.model, name="ViT-B-32", pretrained=str(path))
+    config = replace(made, clip=replace(made.clip, model=model))
+    found = set()
+    for data in (b"one", b"two"):
+        path.write_bytes(data)
+        found.add(sampling.made_of(config, "decoded")["clip"])
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(("output", "side"), [("upsampled", 32), ("interpolated", 16), ("high", 64)])

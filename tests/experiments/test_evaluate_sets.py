@@ -1,5 +1,6 @@
 """Prompts of all forms, and the two sets as they are distributed."""
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import (
+    SENTENCES,
     Task,
     folder_task,
     msrvtt,
@@ -23,6 +25,7 @@ from experiments.benchmarks import (
 from experiments.config import Config, load
 from tests.experiments.sets import CLASSES, frames, make_msrvtt, make_ucf101, write
 
+UCF101_SHA256 = "b504473f3ab42926a62c755e6bdb3949b72a9ebe7e044112813fe659e555116f"
 UCF101 = """ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball
 BasketballDunk BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling BoxingPunchingBag
 BoxingSpeedBag BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling CricketShot CuttingInKitchen Diving
@@ -49,6 +52,8 @@ def test_every_class_of_ucf101_has_one_sentence_of_its_own() -> None:
     sentences = read_sentences()
     assert len(UCF101) == 101 and list(sentences) == UCF101
     assert len(set(sentences.values())) == 101
+    # Another sentence makes other samples: scores of before would not compare.
+    assert hashlib.sha256(SENTENCES.read_bytes()).hexdigest() == UCF101_SHA256
     assert all(5 <= len(sentence.split()) <= 16 and sentence.strip() == sentence for sentence in sentences.values())
 
 
@@ -70,8 +75,9 @@ def test_ucf101_is_read_as_it_is_distributed(ucf: Path) -> None:
     task = ucf101(with_(load("tiny"), ucf101=str(ucf), ucf101_samples=8))
     sentences = read_sentences()
     assert Counter(task.prompts) == {sentences[name]: n for name, n in CLASSES.items()}
+    assert UCF101_SHA256[:12] in task.notes[0] and task.samples == 10_000
+    assert Path(task.beside[sentences["YoYo"]]).name == "v_YoYo_g08_c01.avi" and len(task.beside) == 3
     assert task.notes[1:] == [
-        "8 samples in place of 10,000",
         "3 classes in place of 101",
         "8 clips in the training set in place of 9,537",
     ]
@@ -100,6 +106,10 @@ def test_what_is_wrong_with_ucf101_is_a_sentence(ucf: Path, tmp_path: Path) -> N
     (lists / "trainlist01.txt").write_text("a line of something else\n")
     with pytest.raises(ValueError, match="is not of UCF-101's form"):
         read_ucf101(str(tmp_path))
+    (lists / "trainlist01.txt").write_text("\n".join(listed))
+    (lists / "classInd.txt").write_text("\n")
+    with pytest.raises(ValueError, match="is not of UCF-101's form"):
+        read_ucf101(str(tmp_path))
 
 
 def test_msrvtt_begins_with_one_caption_for_each_video(tmp_path: Path) -> None:
@@ -114,9 +124,21 @@ def test_msrvtt_begins_with_one_caption_for_each_video(tmp_path: Path) -> None:
     task = msrvtt(config)
     assert len(task.prompts) == 7 and len(task.clips) == 3
     assert "7 captions in the set, the paper has 59,794" in task.notes  # told, as 59,800 would be
+    assert task.samples == 59_794 and Path(task.beside["one more"]).name == "video7011.mp4"
     one = msrvtt(with_(config, msrvtt_captions="one"))
     assert one.prompts == task.prompts[:3] and any(note.startswith("one caption of each video") for note in one.notes)
     assert msrvtt(with_(config, msrvtt_samples=2)).prompts == task.prompts[:2]
+    # The set as released has its list without sentences too, and copies of it other files; a sentence counts once.
+    table = tmp_path / "test_videodatainfo.json"
+    listed = json.loads(table.read_text())
+    (tmp_path / "other.json").write_text("[]")
+    (tmp_path / "copy_videodatainfo.json").write_text(table.read_text())
+    (tmp_path / "test_videodatainfo_nosen.json").write_text(json.dumps({"videos": listed["videos"]}))
+    assert read_msrvtt(str(tmp_path)) == (captions, clips, problems)
+    (tmp_path / "copy_videodatainfo.json").unlink()
+    (tmp_path / "other.json").unlink()
+    table.rename(tmp_path / "test.json")
+    assert read_msrvtt(str(tmp_path)) == (captions, clips, problems)
     (tmp_path / "TestVideo" / "video7011.mp4").unlink()
     assert [cause for _, cause in read_msrvtt(str(tmp_path))[2]] == ["the file is missing"]
 
@@ -184,6 +206,9 @@ def test_any_clips_and_any_prompts(tmp_path: Path) -> None:
     config = with_(load("tiny"), clips=str(tmp_path / "clips"))
     with pytest.raises(FileNotFoundError, match="no CSV with the clips' names"):
         folder_task(config)
+    for template in ("{x}", "{", "{1}", "{0.x}"):
+        with pytest.raises(ValueError, match="is no template"):
+            folder_task(with_(load("tiny"), prompt=template))
     (tmp_path / "p.txt").write_text("a bear\na ram\na goat")
     config = with_(config, prompts=str(tmp_path / "p.txt"), samples=4)
     assert folder_task(config).prompts == ["a bear", "a ram", "a goat", "a bear"]

@@ -12,7 +12,6 @@ import pytest
 from experiments.config import load
 from experiments.gallery import MOST, gallery, main, real_clips
 from experiments.samples import playable, samples
-from tests.experiments.sets import make_msrvtt, make_ucf101
 
 CODED = {"libx264": "yuv420p", "libx264rgb": "rgb24", "mpeg4": "yuv420p"}
 
@@ -45,7 +44,7 @@ def run(tmp_path: Path) -> Path:
     (folder.parent / "fvd.json").write_text(
         json.dumps({"scores": {"fvd_random": fvd}, "samples": of, "notes": ["few"]})
     )
-    clipsim = {"scores": {"clipsim": {"value": 0.25}}, "samples": of}
+    clipsim = {"scores": {"clipsim": {"value": 0.25, "backbone": "ViT-B-32/openai"}}, "samples": of}
     (folder.parent / "clipsim.json").write_text(json.dumps(clipsim))
     other = {"scores": {"is_random": {"value": 7.0}}, "samples": {"folder": "elsewhere"}}
     (folder.parent / "is.json").write_text(json.dumps(other))
@@ -69,7 +68,11 @@ def test_a_browser_plays_it(run: Path, browser: Any, capsys: pytest.CaptureFixtu
     sizes = browser.js("[...document.querySelectorAll('video')].map((v) => v.videoWidth)")
     assert sizes == [48, 256, 48, 48, 256]
     shown = browser.js("document.body.innerText")
-    for word in ("3 of 3 films in samples, 2 beside", "123\nfvd_random, 110 to 140", "0.25\nclipsim"):
+    for word in (
+        "3 of 3 films in samples, 2 beside",
+        "123.40\nfvd_random, 110.00 to 140.00",
+        "0.2500\nclipsim, ViT-B-32/openai",
+    ):
         assert word in shown, word
     assert "is_random" not in text and "resize bilinear, n 3; few" in text  # scores of these films alone
     assert all(address.startswith(("file:///", "data:", "about:")) for address in browser.asked())
@@ -101,9 +104,31 @@ def test_what_browsers_play(tmp_path: Path) -> None:
             copy.write_bytes(data)
             (made,) = samples(copy.parent, [])
             assert kind == "mp4" and made.plays and made.size == (wide, wide) and b"secret" not in data
+            assert b"x264" not in data
             with av.open(str(copy)) as one, av.open(str(film_.path)) as other:
                 pictures = [[f.to_ndarray(format="rgb24") for f in file.decode(video=0)] for file in (one, other)]
             assert len(pictures[0]) == 3 and (side == 32 or film_.plays == np.array_equal(*pictures))
+
+
+def test_real_clips_are_those_that_the_evaluation_noted(run: Path, tmp_path: Path) -> None:
+    folder, real = run / "evaluate" / "samples", tmp_path / "real"
+    film(real / "video7010.mp4")
+    (folder / "real.json").write_text(
+        json.dumps({"a 3D emoji of tiger": str(real / "video7010.mp4"), "a 3D emoji of octopus": "gone.mp4"})
+    )
+    text = gallery(folder, load("tiny", [f"runs={run.parent}"])).read_text()
+    assert "1 beside a real clip" in text and text.count("<span>real</span>") == 1
+    (folder / "real.json").unlink()
+    (real / "clips.csv").write_text("videoid,page_dir,name\nvideo7010,,tiger\n")
+    elsewhere = load("tiny", [f"runs={run.parent}", f"evaluate.clips={real}"])
+    assert real_clips(elsewhere) == {"a 3D emoji of tiger": str(real / "video7010.mp4")}
+
+
+def test_of_a_long_clip_the_beginning_is_shown(tmp_path: Path) -> None:
+    film(tmp_path / "a.mp4", "mpeg4")
+    (long,) = samples(tmp_path, [])
+    (tmp_path / "b.mp4").write_bytes(playable(long, 32, seconds=2 / 12)[0])
+    assert samples(tmp_path, [])[1].seconds == pytest.approx(2 / 12, abs=0.01)
 
 
 def test_a_large_folder_and_bad_input(run: Path, tmp_path: Path) -> None:
@@ -120,18 +145,3 @@ def test_a_large_folder_and_bad_input(run: Path, tmp_path: Path) -> None:
     for folder, sentence in (("empty", "holds no films"), ("none", "there is no folder"), ("broken", "cannot be read")):
         with pytest.raises(SystemExit, match=sentence):
             main(["tiny", str(tmp_path / folder), f"runs={run.parent}"])
-
-
-def test_real_clips_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A caption stands beside its video, a sentence beside a clip of its class, which browsers could not play."""
-    film(tmp_path / "made" / "000000.mp4", "libx264rgb")
-    film(tmp_path / "made" / "000001.mp4", "libx264rgb")
-    settings = [f"runs={tmp_path}", f"msrvtt={make_msrvtt(tmp_path)}", f"ucf101={make_ucf101(tmp_path)}"]
-    found = real_clips(load("tiny", settings, section="evaluate"))
-    sentence = next(text for text, path in found.items() if path.parent.name == "YoYo")
-    prompts = ["caption 1 of video7011", sentence]
-    (tmp_path / "made" / "manifest.json").write_text(json.dumps({"prompts": prompts}))
-    main(["tiny", str(tmp_path / "made"), *settings])
-    text = Path(capsys.readouterr().out.strip()).read_text()
-    assert found[prompts[0]].name == "video7011.mp4" and found[sentence].suffix == ".avi"
-    assert "2 of 2 films in made, 2 beside" in text and text.count('src="data:video/mp4;base64,') == 4

@@ -73,7 +73,7 @@ def test_the_page_tells_raters_nothing(made: Path) -> None:
         names[-1] == "index.html" and len(names) == 9 and all(re.fullmatch(r"films/\w{16}\.mp4", n) for n in names[:-1])
     )
     everything = text.encode() + b"".join(p.read_bytes() for p in page.rglob("*.mp4"))
-    for word in ("ours", "theirs", "made by", str(made.parent), '"A"', '"B"', "animals"):
+    for word in ("ours", "theirs", "made by", "x264", str(made.parent), '"A"', '"B"', "animals"):
         assert word.encode() not in everything, word
     assert not re.search(r"https?://|url\(|@import", text)
     for pair in json.loads(re.findall(r'id="data">(.*)</script>', text)[0])["pairs"]:
@@ -84,6 +84,26 @@ def test_the_page_tells_raters_nothing(made: Path) -> None:
     assert [p["A"] > p["B"] for p in json.loads((made / "key.json").read_text())["pairs"].values()] == first
     build(made.parent / "ours", made.parent / "theirs", HumanEval(out=str(made), seed=1))
     assert (page / "index.html").read_text() != text
+
+
+def test_two_kinds_of_files_become_one(made: Path) -> None:
+    """A film in VP8 beside one in h264 would tell by its name and its bytes whose it is."""
+    theirs = made.parent / "theirs"
+    for path in theirs.glob("*.mp4"):
+        with av.open(str(path.with_suffix(".webm")), "w") as file, av.open(str(path)) as source:
+            video = file.add_stream("libvpx", rate=16)
+            video.width = video.height = 64
+            video.pix_fmt = "yuv420p"
+            for frame in source.decode(video=0):
+                frame.pts = None
+                file.mux(video.encode(frame))
+            file.mux(video.encode())
+        path.unlink()
+    build(made.parent / "ours", theirs, HumanEval(out=str(made)))
+    films = list((made / "page" / "films").iterdir())
+    assert len(films) == 8 and {film.suffix for film in films} == {".mp4"}
+    assert {film.codec for film in samples(made / "page" / "films", {})} == {"h264"}
+    assert not any(b"x264" in film.read_bytes() for film in films)
 
 
 def test_films_meet_by_their_sentence(tmp_path: Path) -> None:
@@ -172,7 +192,19 @@ def test_the_majority_of_five_counts(made: Path, capsys: pytest.CaptureFixture[s
         assert row["agreement"] == pytest.approx((0.6 + 3) / 4)
         assert sum(result[question][name]["pairs"] for name in result[question] if name != "all") == 4
     shown = capsys.readouterr().out
+    assert re.search(r"VDM +28 of VDM's page +84\.38% +78\.13%", shown)  # what the paper has
+    assert result["published"][0]["faithfulness"] == 78.13 and result["quality"]["all"]["more_than_five"] == 0
     assert "5 raters" in shown and "75.00%" in shown and "30.1% to 95.4%" in shown and "fewer than five" not in shown
+
+
+def test_of_more_than_five_raters_those_who_saved_first_count(made: Path) -> None:
+    for k in range(7):  # by name the last two would come first
+        answer(made, f"r{9 - k}", lambda i, q, k=k: "A" if k < 3 else "B", saved=f"2026-01-0{k + 1}")
+    answer(made, "r9", lambda i, q: "A", saved="2026-01-09")  # saved again, and still among the first five
+    result, told = tally(made)
+    row = result["quality"]["all"]
+    assert (row["a"], row["b"], row["more_than_five"], row["fewer_than_five"]) == (4, 0, 4, 0)
+    assert "quality: 4 of 4 pairs have more than five raters; those who saved first count." in told
 
 
 def test_what_is_missing_is_told(made: Path) -> None:

@@ -256,6 +256,26 @@ def test_a_pretrained_clip_is_loaded_by_path(fresh: Config, tmp_path: Path) -> N
         build.load_clip(broken(pretrained=str(tmp_path / "nowhere.pt")))
 
 
+def test_the_weights_of_openai_have_their_activation(fresh: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ViT-B-32` alone is GELU, on which open_clip only warns. Nothing is downloaded."""
+    made, create = [], open_clip.create_model
+
+    def without_weights(name: str, pretrained: str = "", **settings: object) -> torch.nn.Module:
+        assert name == "ViT-B-32"
+        with torch.device("meta"):
+            made.append(create(name, pretrained=pretrained, load_weights=False, device="meta", **settings))
+        return made[-1]
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "not-read.pt")
+    monkeypatch.setattr(open_clip, "create_model", without_weights)
+    for tag, activation in (("openai", open_clip.transformer.QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)):
+        named = replace(fresh.clip.model, name="ViT-B-32", pretrained=tag, embedding_width=512)
+        clip = build.load_clip(replace(fresh, clip=replace(fresh.clip, model=named)))
+        assert clip.name == f"ViT-B-32/{tag}"
+        for tower in (made[-1].visual.transformer, made[-1].transformer):
+            assert type(tower.resblocks[0].mlp.gelu) is activation
+
+
 def test_a_run_folder_of_another_run_is_refused_not_overwritten(trained: Config) -> None:
     folder = build.run_folder(trained, "decoder")
     before = (folder / "config.yaml").read_text()
