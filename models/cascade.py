@@ -275,7 +275,7 @@ class MakeAVideo:
     ) -> Tensor:
         """Run a stage's sampler. A GPU makes both halves of guidance in one call; a CPU gains nothing by it."""
         config = self.config.sampling(name)
-        times = stage.diffusion.times(config.steps, self.device)
+        times = stage.diffusion.times(config.steps, self.device, config.bend)
         once = config.guidance != 1 and at_once_pays(self.device)
         if once:
             step = guided_at_once(denoisers([False, True]), config.guidance, config.rescale)

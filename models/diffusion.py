@@ -126,11 +126,17 @@ class Diffusion:
         nll = -discretised_log_likelihood(x0, mean, log_var)
         return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
-    def times(self, n: int, device: torch.device | str = "cpu") -> Times:
-        """`n` times from the last step down, evenly spaced ("trailing", arXiv 2305.08891: the last is among them)."""
+    def times(self, n: int, device: torch.device | str = "cpu", bend: float = 1.0) -> Times:
+        """`n` times from the last step down, evenly spaced ("trailing", arXiv 2305.08891: the last is among them).
+
+        With `bend` above 1 they are T (i / n)^bend, closer to each other near the clean sample, but no two the same.
+        """
         if not 1 <= n <= self.config.steps:
             raise ValueError(f"the number of sampling steps must be 1 ... {self.config.steps}, not {n}.")
-        t = (self.config.steps - torch.arange(n) * (self.config.steps / n)).round().long() - 1
+        if bend < 1:
+            raise ValueError(f"the bend of sampling times is 1 or more, not {bend}.")
+        even = 1 - torch.arange(n, dtype=torch.float64) / n
+        t = torch.maximum((self.config.steps * even**bend).round().long(), torch.arange(n, 0, -1)) - 1
         abar = torch.cat((self.abar[t], torch.ones(1, dtype=torch.float64)))
         return Times(t.to(device), abar.sqrt().float().to(device), (1 - abar).sqrt().float().to(device))
 

@@ -10,29 +10,29 @@ from models.samplers import SAMPLERS
 STAGES = ("prior", "decoder", "interpolation", "sr_low", "sr_high")
 NOISES = ("independent", "mixed", "progressive")
 
-# Sampler and steps of each stage. `paper` is unCLIP's table (arXiv 2204.06125, appendix C); `standard` is chosen by
-# `make curve`: a tenth of the network calls of 250-step DDIM, or fewer, at the same distance from real clips.
-PRESETS: dict[str, dict[str, tuple[str, int]]] = {
+# Sampler, steps and bend of each stage. `paper` is unCLIP's table (arXiv 2204.06125, appendix C); `standard` is chosen
+# by `make curve`: a tenth of the network calls of 250-step DDIM, or fewer, at the same distance from real clips.
+PRESETS: dict[str, dict[str, tuple[str, int, float]]] = {
     "draft": {
-        "prior": ("ddim", 10),
-        "decoder": ("dpmpp_2m", 10),
-        "interpolation": ("dpmpp_2m", 6),
-        "sr_low": ("ddim", 4),
-        "sr_high": ("ddim", 3),
+        "prior": ("ddim", 10, 1.0),
+        "decoder": ("dpmpp_2m", 10, 1.5),
+        "interpolation": ("dpmpp_2m", 6, 1.5),
+        "sr_low": ("ddim", 4, 1.0),
+        "sr_high": ("ddim", 3, 1.0),
     },
     "standard": {
-        "prior": ("ddim", 30),
-        "decoder": ("dpmpp_2m", 25),
-        "interpolation": ("dpmpp_2m", 15),
-        "sr_low": ("ddim", 8),
-        "sr_high": ("ddim", 6),
+        "prior": ("ddim", 30, 1.0),
+        "decoder": ("dpmpp_2m", 25, 1.5),
+        "interpolation": ("dpmpp_2m", 15, 1.5),
+        "sr_low": ("ddim", 8, 1.0),
+        "sr_high": ("ddim", 6, 1.0),
     },
     "paper": {
-        "prior": ("ddim", 64),
-        "decoder": ("ddpm", 250),
-        "interpolation": ("ddpm", 250),
-        "sr_low": ("ddim", 27),
-        "sr_high": ("ddim", 15),
+        "prior": ("ddim", 64, 1.0),
+        "decoder": ("ddpm", 250, 1.0),
+        "interpolation": ("ddpm", 250, 1.0),
+        "sr_low": ("ddim", 27, 1.0),
+        "sr_high": ("ddim", 15, 1.0),
     },
 }
 
@@ -46,6 +46,7 @@ class SamplingConfig:
     guidance: float = 1.0  # classifier-free guidance, 1 = none
     rescale: float = 0.0  # share of guidance's wider range that is taken back, 0.7 in arXiv 2305.08891
     noise_level: int = -1  # super-resolution: diffusion time of the noise on the small clip, -1 = none
+    bend: float = 0.0  # 1 = even times, above 1 closer ones near the clean sample (`Diffusion.times`); 0 = the preset's
     noise: str = "independent"  # of the frames at the start: independent | mixed | progressive (arXiv 2305.10474)
     alpha: float = 1.0  # strength of what frames share in mixed (1 there) and progressive noise (2 there)
 
@@ -90,8 +91,13 @@ class CascadeConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"cascade.preset '{self.preset}' is not one of {', '.join(PRESETS)}.")
         own: SamplingConfig = getattr(self, stage)
-        sampler, steps = PRESETS[self.preset][stage]
-        found = replace(own, sampler=own.sampler or sampler, steps=own.steps or steps)
+        sampler, steps, bend = PRESETS[self.preset][stage]
+        found = replace(
+            own,
+            sampler=own.sampler or sampler,
+            steps=own.steps or steps,
+            bend=own.bend or (bend if own.sampler in ("", sampler) else 1.0),
+        )
         if found.sampler not in SAMPLERS:
             raise ValueError(f"cascade.{stage}.sampler '{found.sampler}' is not one of {', '.join(SAMPLERS)}.")
         if found.noise not in NOISES:

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_rows_of_a_film(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bench" / "generate.json"
-    main([f"sizes=[{page},small]", "steps=1", "largest=0.05", f"output={output}"])
+    main([f"sizes=[{page},tiny]", "steps=1", "largest=0.04", f"output={output}"])
     text = capsys.readouterr().out
     rows = json.loads(output.read_text())
     assert [row["stage"] for row in rows] == [*STAGES] * 2
-    small = {row["stage"]: row for row in rows[5:]}
-    assert small["sr_high"]["seconds"] is None and "| small | sr_high | 60 |" in text and "not measured" in text
+    large = {row["stage"]: row for row in rows[5:]}
+    assert large["sr_high"]["seconds"] is None and "| tiny | sr_high | 60 |" in text and "not measured" in text
     for row in rows[:5]:
         assert 0 < row["rate"] <= row["bare"] and 0 <= row["overhead"] < 1
         assert row["seconds"] > 0 and row["memory"] > 0 and row["tflop"] > 0

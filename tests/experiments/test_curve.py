@@ -28,7 +28,7 @@ class Means:
 
 def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(curve, "FrechetVideoDistance", Means)
-    monkeypatch.setattr(curve, "POINTS", {"ddim": (1, 4), "dpmpp_2m": (2, 25)})
+    monkeypatch.setattr(curve, "POINTS", {"ddim": ("ddim", 1.0, (1, 4)), "bent": ("dpmpp_2m", 1.5, (2, 25))})
     arguments = [str(page), "samples=3", "batch_size=2"]
     curve.main(arguments)
     folder = build.run_folder(load(str(page)), "curve")
@@ -36,10 +36,10 @@ def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     found = json.loads(first)
     assert {name: list(steps) for name, steps in found["distances"].items()} == {
         "ddim": ["1", "4"],
-        "dpmpp_2m": ["2", "25"],
+        "bent": ["2", "25"],
     }
     assert found["metric"] == "means" and found["samples"] == 3
-    ratio = found["distances"]["dpmpp_2m"]["25"] / found["distances"]["ddim"]["4"]
+    ratio = found["distances"]["bent"]["25"] / found["distances"]["ddim"]["4"]
     assert found["standard"]["over_ddim_250"] == pytest.approx(ratio)
     assert len(list(folder.glob("ddim-4-*.safetensors"))) == 2  # a file for each batch
     # what a killed command has not done is done by the next, with the same numbers
@@ -48,10 +48,10 @@ def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     capsys.readouterr()
     curve.main(arguments)
     assert (folder / "curve.json").read_text() == first
-    assert "standard (dpmpp_2m, 25 steps) is at" in capsys.readouterr().out
+    assert "standard (bent, 25 steps) is at" in capsys.readouterr().out
     picture = ElementTree.parse(folder / "curve.svg").getroot()
     marks = [node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"ddim", "dpmpp_2m", "5", "10"} <= set(marks)
+    assert {"ddim", "bent", "5", "10"} <= set(marks)
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 4
 
 

@@ -262,3 +262,17 @@ def test_blur_keeps_the_mean_and_softens():
     torch.testing.assert_close(soft[0, 1, 3:6, 3:6], torch.outer(line, line) / line.sum() ** 2)
     assert soft[0, 0].abs().max() == 0 and soft.sum() == pytest.approx(1, abs=1e-6)
     assert torch.equal(gaussian_blur(edge, 0.0), edge)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 25, 600, 1000])
+@pytest.mark.parametrize("bend", [1.0, 1.5, 3.0])
+def test_bent_times_are_closer_near_the_clean_sample(steps, bend):
+    times = Diffusion(DiffusionConfig()).times(steps, bend=bend).t
+    gaps = -times.diff()
+    assert (
+        times[0] == 999 and times[-1] >= 0 and (gaps > 0).all()
+    )  # the last step is among them, and no two are the same
+    if bend > 1 and 7 <= steps <= 25:
+        assert gaps[0] > gaps[-1] and times[steps // 2] < 999 * 0.5
+    with pytest.raises(ValueError, match="1 or more"):
+        Diffusion(DiffusionConfig()).times(steps, bend=0.5)

@@ -10,9 +10,10 @@ from models.sampling import PRESETS, STAGES, CascadeConfig, SamplingConfig, corr
 def test_a_preset_says_what_a_stage_does_not(preset):
     config = CascadeConfig(preset=preset, sr_low=SamplingConfig(steps=3), decoder=SamplingConfig("ddim", guidance=2.0))
     for stage in STAGES:
-        sampler, steps = PRESETS[preset][stage]
+        sampler, steps, bend = PRESETS[preset][stage]
         found = config.sampling(stage)
         assert found.sampler == ("ddim" if stage == "decoder" else sampler)
+        assert found.bend == (1.0 if found.sampler != sampler else bend)
         assert found.steps == (3 if stage == "sr_low" else steps)
     assert config.sampling("decoder").guidance == 2.0
     whole = config.resolved()
