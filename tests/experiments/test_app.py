@@ -62,7 +62,7 @@ def tab(browser: Any, use: str) -> None:
 def plays(browser: Any, use: str) -> str:
     """Wait for the film of a tab to play; returns what is told of it."""
     video = f"document.querySelector('#film-{use} video')"
-    browser.wait(f"{video}?.readyState > 2 && {video}.duration > 0 && {video}.videoWidth == 64", 60)
+    browser.wait(f"{video}?.readyState > 2 && {video}.duration > 0 && {video}.videoWidth == 64", 180)
     browser.wait(f"{video}.currentTime > 0 || {video}.played.length > 0")
     browser.wait(f"document.querySelectorAll('#frames-{use} img').length > 3")
     return str(browser.wait(f"document.querySelector('#told-{use}').innerText"))
@@ -90,7 +90,7 @@ def test_a_person_makes_films(address: str, browser: Any, page: Path, tmp_path: 
     browser.wait("document.querySelector('#download-text')?.disabled === false")
     browser.click("#download-text")
     saved = tmp_path / "downloads" / film.name
-    for _ in range(100):
+    for _ in range(600):
         if saved.is_file():
             break
         browser.js("new Promise((done) => setTimeout(done, 50))")
