@@ -155,10 +155,12 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
             made = films.make(config, request, maker)
             path, _ = write_film(config, made, request, films.note(config, request, maker))
         except (ValueError, OSError, RuntimeError) as error:
-            raise gr.Error(sentence(error, uploads), print_exception=False) from None
+            raise gr.Error(sentence(error, uploads), duration=None, print_exception=False) from None
         except Exception:
             log.exception("The film was not made:")
-            raise gr.Error("The film was not made; the terminal says more.", print_exception=False) from None
+            raise gr.Error(
+                "The film was not made; the terminal says more.", duration=None, print_exception=False
+            ) from None
         finally:
             for upload in filter(None, uploads):
                 Path(upload).unlink(missing_ok=True)

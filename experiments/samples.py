@@ -78,12 +78,14 @@ def samples(folder: Path, prompts: Iterable[str], most: int = 0) -> list[Sample]
 
     Raises:
         FileNotFoundError: there is no such folder, or no film in it.
-        ValueError: a film cannot be read, or the manifest.
+        ValueError: a film cannot be read, or the manifest; several of `prompts` have a film's name.
     """
     paths = films_in(folder)
     if 0 < most < len(paths):
         paths = [paths[round(i * (len(paths) - 1) / max(1, most - 1))] for i in range(most)]
-    named = {slug(prompt): prompt for prompt in prompts}
+    named: dict[str, list[str]] = {}
+    for prompt in dict.fromkeys(prompts):
+        named.setdefault(slug(prompt), []).append(prompt)
     numbered = manifest(folder)
     return [read(path, named, numbered.get(path.stem, "")) for path in paths]
 
@@ -99,7 +101,7 @@ def manifest(folder: Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged: its clips have no sentences without it.") from None
 
 
-def read(path: Path, named: Mapping[str, str], prompt: str) -> Sample:
+def read(path: Path, named: Mapping[str, list[str]], prompt: str) -> Sample:
     """One film; `named` maps what stands in names to sentences, `prompt` is its own where that is known."""
     try:
         with av.open(str(path)) as file:
@@ -111,7 +113,10 @@ def read(path: Path, named: Mapping[str, str], prompt: str) -> Sample:
     except (av.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a film ({error}): make it again or take it away.") from None
     words = re.sub(r"-\d+$", "", path.stem)
-    prompt = prompt or named.get(slug(words)) or words.replace("-", " ")
+    meant = named.get(slug(words), [])
+    if not prompt and len(meant) > 1:
+        raise ValueError(f"{path} may be of '{meant[0]}' or of '{meant[1]}': its name does not tell them apart.")
+    prompt = prompt or (meant[0] if meant else words.replace("-", " "))
     plays = coded in {(codec, form) for codec in CODECS for form in FORMATS}
     return Sample(path, prompt, size, seconds, plays, coded[0])
 

@@ -150,7 +150,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30) -> Any:
+    def wait(self, expression: str, seconds: float = 90) -> Any:
         """Until an expression is true."""
         end = time.monotonic() + seconds
         while not (found := self.js(expression)):

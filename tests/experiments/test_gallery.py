@@ -86,6 +86,9 @@ def test_sentences_come_from_manifest_metadata_and_name(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"prompts": ["A bird", "A fish"]}))
     found = samples(tmp_path, ["A cat's tail"])
     assert [f.prompt for f in found] == ["A fish", "A cat's tail", "a dog", "日本の猫"]
+    assert samples(tmp_path, ["A dog", "猫", "A dog"])[2].prompt == "A dog"
+    with pytest.raises(ValueError, match="a-dog-12.mp4 may be of 'A dog!' or of 'A dog\\?'"):
+        samples(tmp_path, ["A dog!", "A dog?"])
     (tmp_path / "manifest.json").write_text("[")
     with pytest.raises(ValueError, match="manifest.json is damaged"):
         samples(tmp_path, [])
