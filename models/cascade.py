@@ -96,11 +96,11 @@ class MakeAVideo:
         save(self, folder, half)
 
     def digest(self) -> str:
-        """Sixteen hex digits that tell these weights from others; computed once."""
+        """Sixteen hex digits that tell these weights, shapes and processes from others; computed once."""
         if not self.weights_digest:
-            from models.pretrained import digests, together
+            from models.pretrained import model_digest
 
-            self.weights_digest = together(digests(self))
+            self.weights_digest = model_digest(self)
         return self.weights_digest
 
     def stages(self) -> dict[str, Stage]:
@@ -171,7 +171,7 @@ class MakeAVideo:
         side, frames = self.decoder.size, self.config.frames if frames is None else frames
         if not 1 <= frames <= 1000:
             raise ValueError(f"a clip of {frames} frames cannot be made: ask for 1 ... 1000, the paper's is 16.")
-        draw = self.draw(seeds, "decoder", (3, frames, side, side))
+        draw = self.start("decoder", self.draw(seeds, "decoder", (3, frames, side, side)))
         return self.sample("decoder", self.decoder, self.with_embedding(self.decoder, embedding, fps), draw)
 
     def complete(
@@ -185,7 +185,7 @@ class MakeAVideo:
             turn: 1 ... 1000, for calls on one film that are to have noise of their own.
         """
         check_seeds(seeds, len(clip))
-        draw = self.draw(seeds, "interpolation", (3, *clip.shape[2:]), turn)
+        draw = self.start("interpolation", self.draw(seeds, "interpolation", (3, *clip.shape[2:]), turn))
         mask = known.to(self.device).float()[:, None, None].expand(len(clip), 1, -1, *clip.shape[3:])
         given = torch.cat((torch.where(mask > 0, clip.to(self.device), 0.0), mask), dim=1)
         return self.fill(given, embedding, fps, draw)
@@ -203,7 +203,8 @@ class MakeAVideo:
         groups = windows(frames, self.config.window, skip, self.config.windows)
         parts: list[Tensor] = []
         for i, group in enumerate(groups):
-            whole = self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:]))
+            # of the whole film, so that frames of one window share their noise with those of the next
+            whole = self.start("interpolation", self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:])))
 
             def draw(whole: Draw = whole, group: list[tuple[int, int]] = group) -> Tensor:
                 noise = whole()
@@ -250,7 +251,7 @@ class MakeAVideo:
                 stage.net, stage.diffusion, **{k: again(v, drops) for k, v in conditions.items()}, **tile
             )
 
-        return self.sample(name, stage, denoisers, draw, part, parts)
+        return self.sample(name, stage, denoisers, self.start(name, draw), part, parts)
 
     def with_embedding(self, stage: Stage, embedding: Tensor, fps: float, **conditions: Tensor) -> Denoisers:
         """The denoisers of a network conditioned on y_e and fps, with the embedding or (drop) without."""
@@ -298,9 +299,26 @@ class MakeAVideo:
             tile = self.config.tile if name == "sr_low" else 0
             at_once = min(z.shape[2], tile + 4) if tile else z.shape[2]
             self.most_frames[name] = max(self.most_frames.get(name, 0), len(z) * at_once * (1 + once))
-        if config.noise != "independent" and z.ndim == 5:
-            z = correlated(z, draw()[:, :, 0], config.noise, config.alpha)
         return SAMPLERS[config.sampler](counted, z, times, draw)
+
+    def start(self, name: str, draw: Draw) -> Draw:
+        """The noise of a clip `b c f h w`, of which frames have in common what the stage's settings say at first alone.
+
+        SR_h's frames share all of their noise as it is.
+        """
+        config = self.config.sampling(name)
+        if config.noise == "independent" or name == "sr_high":
+            return draw
+        begun = False
+
+        def drawn() -> Tensor:
+            nonlocal begun
+            if begun:
+                return draw()
+            begun = True
+            return correlated(draw(), draw()[:, :, 0], config.noise, config.alpha)
+
+        return drawn
 
     def flags(self, drops: Sequence[bool], n: int) -> Tensor:
         """Each flag for a whole batch of n."""

@@ -46,7 +46,8 @@ class SamplingConfig:
     guidance: float = 1.0  # classifier-free guidance, 1 = none
     rescale: float = 0.0  # share of guidance's wider range that is taken back, 0.7 in arXiv 2305.08891
     noise_level: int = -1  # super-resolution: diffusion time of the noise on the small clip, -1 = none
-    noise: str = "independent"  # of the frames at the start: independent | mixed | progressive (arXiv 2305.10474)
+    noise: str = "independent"  # of the frames at the start, but for SR_h, whose frames share all of it:
+    # independent | mixed | progressive (arXiv 2305.10474)
     alpha: float = 1.0  # strength of what frames share in mixed (1 there) and progressive noise (2 there)
 
 

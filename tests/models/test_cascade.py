@@ -281,6 +281,28 @@ def test_frames_that_share_their_first_noise(cascade, kind, wanted):
     close(both[:1], cascade.decode(torch.ones(1, 16), 6.0, [1]))
 
 
+@pytest.mark.parametrize("kind", ["mixed", "progressive"])
+def test_noise_that_frames_share_is_the_same_in_any_windows_and_chunks(cascade, keyframes, kind):
+    """It is made for the whole film, so windows have the noise of the frame they share; SR_h's is shared as it is."""
+    seen = []
+    cascade.config.interpolation = SamplingConfig("ddim", 1, noise=kind, alpha=2.0)
+    cascade.interpolation.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    clip, embedding = keyframes[:1], torch.randn(1, 16)
+    together = cascade.interpolate(clip, embedding, 6.0, SEEDS[:1])
+    noise = seen[0]
+    assert len(noise) == 5 and torch.equal(noise[:-1, :, -1], noise[1:, :, 0])
+    for n in (1, 2):
+        cascade.config.windows = n
+        close(cascade.interpolate(clip, embedding, 6.0, SEEDS[:1]), together)
+    cascade.config.sr_high = SamplingConfig("ddim", 1, noise_level=200, noise=kind, alpha=2.0)
+    seen.clear()
+    cascade.sr_high.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    whole = cascade.upsample_high(keyframes[:, :, :5], SEEDS)
+    assert seen[0].std() == pytest.approx(1.0, abs=0.1) and torch.equal(seen[0], seen[0][:, :, :1].expand_as(seen[0]))
+    cascade.config.chunk = 2
+    close(cascade.upsample_high(keyframes[:, :, :5], SEEDS), whole)
+
+
 @pytest.mark.parametrize("frames", [0, -1, 10**6])
 def test_impossible_numbers_of_frames_are_refused(cascade, frames):
     with pytest.raises(ValueError, match=f"a clip of {frames} frames cannot be made"):
