@@ -157,7 +157,7 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
             if maker.clip.truncated(request.prompt):
                 gr.Warning("The text has more words than CLIP reads: its end is ignored.")
             made = films.make(config, request, maker)
-            path, _ = write_film(config, made, request, films.note(config, request, maker))
+            path, _ = write_film(config, made, request, films.note(config, request, maker, uploaded=bool(uploads)))
         except (ValueError, OSError, RuntimeError) as error:
             raise gr.Error(sentence(error, uploads), print_exception=False) from None
         except Exception:

@@ -20,10 +20,12 @@ from models.stages import (
     again,
     at_once_pays,
     check_seeds,
+    check_stop,
     pixel_denoiser,
     stream,
     windows,
 )
+from models.tiles import tileable
 
 __all__ = [
     "STOPS",
@@ -75,6 +77,8 @@ class MakeAVideo:
             stage.net.to(self.device).eval().requires_grad_(False)
             if config.compile:
                 stage.net.compile()
+        for name in STAGES:
+            self.sampling(name)
 
     @classmethod
     def from_pretrained(
@@ -107,6 +111,14 @@ class MakeAVideo:
         """The five stages by name."""
         return {name: getattr(self, name) for name in STAGES}
 
+    def sampling(self, name: str) -> SamplingConfig:
+        """How a stage is sampled. Raises ValueError for more steps, or more noise, than its process has."""
+        found, steps = self.config.sampling(name), getattr(self, name).diffusion.config.steps
+        if found.steps > steps or found.noise_level >= steps:
+            raise ValueError(f"cascade.{name} has {found.steps} steps and noise_level {found.noise_level}, and its "
+                             f"diffusion has {steps}: at most {steps} and {steps - 1}.")  # fmt: skip
+        return found
+
     def text_to_video(
         self, prompts: Sequence[str], seeds: Sequence[int], stop: str = "high", intermediates: bool = True
     ) -> Film:
@@ -115,8 +127,7 @@ class MakeAVideo:
         Without `intermediates` the last clip alone is kept. Raises ValueError for an empty prompt, an unknown stop, and
         where there is not a seed for each prompt.
         """
-        if stop not in STOPS:
-            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS)}.")
+        check_stop(stop, STOPS)
         fps = self.config.fps
         film = Film(self.embed(prompts, seeds), fps=fps * self.config.skip, decoded_fps=fps)
         if stop == "embedding":
@@ -125,8 +136,7 @@ class MakeAVideo:
 
     def finish(self, film: Film, seeds: Sequence[int], stop: str = "high", intermediates: bool = True) -> Film:
         """The stages that follow `decoded` (or `interpolated`, where the film has it), as far as `stop`."""
-        if stop not in STOPS[1:]:
-            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS[1:])}.")
+        check_stop(stop)
         clips = film.clips()
         end = STOPS.index(stop)
         for name in STOPS[2 : end + 1]:
@@ -240,7 +250,7 @@ class MakeAVideo:
         self, name: str, stage: Stage, clip: Tensor, draw: Draw, fps: float | None, part: int = 0, parts: int = 1
     ) -> Tensor:
         """Super-resolution of a clip by either network."""
-        level = torch.full((len(clip),), self.config.sampling(name).noise_level, device=self.device)
+        level = torch.full((len(clip),), self.sampling(name).noise_level, device=self.device)
         low = low_res_condition(clip.to(self.device), stage.size, stage.diffusion, level, draw())
         rate = None if fps is None else torch.full((len(clip),), fps, device=self.device)
         tile = {} if fps is None else {"tile": self.config.tile}
@@ -275,7 +285,7 @@ class MakeAVideo:
         self, name: str, stage: Stage, denoisers: Denoisers, draw: Draw, part: int = 0, parts: int = 1
     ) -> Tensor:
         """Run a stage's sampler. A GPU makes both halves of guidance in one call; a CPU gains nothing by it."""
-        config = self.config.sampling(name)
+        config = self.sampling(name)
         times = stage.diffusion.times(config.steps, self.device)
         once = config.guidance != 1 and at_once_pays(self.device)
         if once:
@@ -296,7 +306,7 @@ class MakeAVideo:
 
         z = draw()
         if stage.size:
-            tile = self.config.tile if name == "sr_low" else 0
+            tile = self.config.tile if name == "sr_low" and tileable(stage.net) else 0
             at_once = min(z.shape[2], tile + 4) if tile else z.shape[2]
             self.most_frames[name] = max(self.most_frames.get(name, 0), len(z) * at_once * (1 + once))
         return SAMPLERS[config.sampler](counted, z, times, draw)

@@ -1,13 +1,17 @@
 """The cascade with small random networks: what each arrow keeps, and that a sample is its seed alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from models.cascade import SamplingConfig, stream
+from models.cascade import MakeAVideo, SamplingConfig, stream
 from models.clip import scaled
 from models.samplers import SAMPLERS
 from models.stages import windows
+from models.unet import UNet
+from tests.models.conftest import UPSAMPLER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,6 +249,24 @@ def test_sr_low_in_tiles(cascade, keyframes, tile):
     cascade.most_frames.clear()
     cascade.upsample_low(keyframes[:1], 30.0, SEEDS[:1])
     assert cascade.most_frames["sr_low"] == min(16, tile + 4)
+
+
+def test_the_frames_at_a_time_are_all_where_a_level_reads_all(cascade, keyframes):
+    """Attention over time is not run in tiles, and the number that is printed says so."""
+    cascade.config.tile = 1
+    cascade.sr_low.net = UNet(replace(UPSAMPLER, attention=[2]), temporal=True)
+    cascade.upsample_low(keyframes[:1], 30.0, SEEDS[:1])
+    assert cascade.most_frames["sr_low"] == 16
+
+
+def test_more_noise_than_the_process_has_is_refused(cascade, keyframes):
+    for settings, words in ((SamplingConfig("ddim", 1, noise_level=1000), "noise_level 1000"),
+                            (SamplingConfig("ddim", 1001), "1001 steps")):  # fmt: skip
+        cascade.config.sr_low = settings
+        with pytest.raises(ValueError, match=f"cascade.sr_low has .*{words}.* its diffusion has 1000"):
+            cascade.upsample_low(keyframes, 30.0, SEEDS)
+        with pytest.raises(ValueError, match="cascade.sr_low has"):
+            MakeAVideo(cascade.clip, **cascade.stages(), config=cascade.config)
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
