@@ -185,8 +185,8 @@ def request_of(words: list[str]) -> tuple[Request, list[str]]:
     files = len(films.USES[use].inputs)
     plain = files + (use in ("text", "edit"))
     for word in words[:plain]:
-        key = re.match(r"([a-z_]+)[a-z_.]*=", word)
-        if key and key[1] in KEYS and not Path(word).is_file():
+        begun = re.match(r"([a-z_]+)[a-z_.]*=", word)
+        if begun and begun[1] in KEYS and not Path(word).is_file():
             raise ValueError(f"'{word}' stands where {' and '.join(films.USES[use].inputs) or 'the sentence'} should.")
     keys: dict[str, Any] = {f.name: type(f.default) for f in fields(Request)}
     keys = {name: kind for name, kind in keys.items() if name not in ("use", "inputs", "prompt")}

@@ -10,7 +10,6 @@ repository: no Lightning, no pages, no run folders.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,7 +65,7 @@ def save(maker: MakeAVideo, folder: str | Path, half: bool = False) -> None:
             shutil.copyfile(default_bpe(), parts[VOCABULARY])
         parts["config.json"].write_text(json.dumps(page, indent=2) + "\n")
         for name, part in parts.items():
-            os.replace(part, root / name)
+            part.replace(root / name)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
