@@ -2,7 +2,6 @@
 
 SIZE ?= tiny
 STAGE ?= decoder
-PROMPT ?= a 3D emoji of octopus
 ARGS ?=
 DATA ?= experiments/demo/pairs
 FORWARD ?= 1
@@ -21,10 +20,15 @@ READY := pyproject.toml
 endif
 RUN := $(VENV)/bin/python
 
-export PROMPT BEFORE
+# What people write reaches the commands through the environment, as it is: quotes, $ and backticks in it are letters.
+$(foreach v,PROMPT BEFORE IMAGE TO VIDEO FROM,$(if $(filter undefined,$(origin $v)),,$(eval \
+	override export $v := $$(value $v))))
+SENTENCE := "$${PROMPT-a 3D emoji of octopus}"
 # Of every film: SEED=3 PRESET=draft FORMATS=mp4,gif STOP=low.
 FILM = $(if $(SEED),seed=$(SEED)) $(if $(PRESET),cascade.preset=$(PRESET)) $(if $(STOP),stop=$(STOP)) \
 	$(if $(FORMATS),'formats=[$(FORMATS)]') $(if $(WEIGHT),weight=$(WEIGHT)) $(ARGS)
+# Where the files are now that a film is made again of; nothing else may be said of it.
+MOVED = $(if $(IMAGE),input="$$IMAGE") $(if $(TO),input="$$TO") $(if $(VIDEO),input="$$VIDEO") $(if $(PROMPT),prompt="$$PROMPT")
 # On a CPU a training step frees and takes the same gigabytes again and again; glibc gives them back to the system in
 # between, which costs a fifth of the step.
 export MALLOC_MMAP_MAX_ ?= 0
@@ -56,7 +60,7 @@ $(READY): pyproject.toml constraints.txt
 endif
 
 demo: $(READY) ## train all five networks on the data in the repository, then write a film for PROMPT; goes on if interrupted
-	@$(RUN) -m experiments.demo $(SIZE) "$$PROMPT" $(ARGS)
+	@$(RUN) -m experiments.demo $(SIZE) $(SENTENCE) $(ARGS)
 
 plan: $(READY) ## what SIZE takes on GPUS=8: memory by strategy, largest batches, days, dollars
 	@$(RUN) -m experiments.plan $(SIZE) gpus=$(GPUS) $(ARGS)
@@ -91,23 +95,23 @@ finetune-video: $(READY) ## D^t from D on unlabeled clips; STAGE=sr_low or sr_hi
 train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
 	@$(RUN) -m experiments.train interpolation $(SIZE) $(ARGS)
 
-generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, FORMATS=mp4,webm,gif,webp,png; FROM=film again
-	@$(RUN) -m experiments.generate $(if $(FROM),again "$(FROM)" $(ARGS),$(SIZE) text "$$PROMPT" $(FILM))
+generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, FORMATS=mp4,webm,gif,webp,png; FROM=film again (IMAGE=, TO=, VIDEO= where its files are now)
+	@$(RUN) -m experiments.generate $(if $(FROM),again "$$FROM" $(MOVED) $(FILM),$(SIZE) text $(SENTENCE) $(FILM))
 
 animate: $(READY) ## IMAGE=picture set in motion
-	@$(RUN) -m experiments.generate $(SIZE) animate "$(IMAGE)" $(FILM)
+	@$(RUN) -m experiments.generate $(SIZE) animate "$$IMAGE" $(FILM)
 
 between: $(READY) ## the passage from IMAGE=picture to TO=picture
-	@$(RUN) -m experiments.generate $(SIZE) between "$(IMAGE)" "$(TO)" $(FILM)
+	@$(RUN) -m experiments.generate $(SIZE) between "$$IMAGE" "$$TO" $(FILM)
 
 extend: $(READY) ## what comes after VIDEO=film, FORWARD=1 times, and what came before, BACKWARD=0 times
-	@$(RUN) -m experiments.generate $(SIZE) extend "$(VIDEO)" forward=$(FORWARD) backward=$(BACKWARD) $(FILM)
+	@$(RUN) -m experiments.generate $(SIZE) extend "$$VIDEO" forward=$(FORWARD) backward=$(BACKWARD) $(FILM)
 
 vary: $(READY) ## another film of what VIDEO=film shows
-	@$(RUN) -m experiments.generate $(SIZE) vary "$(VIDEO)" $(FILM)
+	@$(RUN) -m experiments.generate $(SIZE) vary "$$VIDEO" $(FILM)
 
 edit: $(READY) ## a film of IMAGE=picture moved from BEFORE="what it shows" towards PROMPT="what it becomes", WEIGHT=0.35
-	@$(RUN) -m experiments.generate $(SIZE) edit "$(IMAGE)" "$$PROMPT" before="$$BEFORE" $(FILM)
+	@$(RUN) -m experiments.generate $(SIZE) edit "$$IMAGE" "$$PROMPT" before="$$BEFORE" $(FILM)
 
 export: $(READY) ## CLIP and the five networks of SIZE as one folder, runs/SIZE/pretrained, for MakeAVideo.from_pretrained
 	@$(RUN) -m experiments.export $(SIZE) $(ARGS)

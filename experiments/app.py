@@ -28,7 +28,7 @@ from experiments.films import Request
 from experiments.generate import NETWORKS, make_cascade, write_film
 from lightning_modules.media import to_uint8
 from models.cascade import Film, MakeAVideo
-from models.sampling import PRESETS, STAGES, CascadeConfig, SamplingConfig
+from models.sampling import PRESETS, STAGES, CascadeConfig
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
             if maker.clip.truncated(request.prompt):
                 gr.Warning("The text has more words than CLIP reads: its end is ignored.")
             made = films.make(config, request, maker)
-            path, _ = write_film(config, made, request, films.note(config, request, maker))
+            path, _ = write_film(config, made, request, films.note(config, request, maker, uploaded=bool(uploads)))
         except (ValueError, OSError, RuntimeError) as error:
             raise gr.Error(sentence(error, uploads), duration=None, print_exception=False) from None
         except Exception:
@@ -189,7 +189,7 @@ def sampled(settings: CascadeConfig, preset: str) -> CascadeConfig:
     """The settings with the samplers and steps of a preset, or as they are."""
     if preset == OWN:
         return settings
-    stages: dict[str, SamplingConfig] = {s: replace(getattr(settings, s), sampler="", steps=0) for s in STAGES}
+    stages = {stage: replace(getattr(settings, stage), sampler="", steps=0, bend=0.0) for stage in STAGES}
     return replace(settings, preset=preset, **stages)  # type: ignore[arg-type]
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments import build, memory
-from experiments.cli import for_people
+from experiments.cli import for_people, settings
 from experiments.config import Config, load
 from models.cascade import MakeAVideo, Stage
 from models.sampling import STAGES
@@ -122,9 +121,9 @@ def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.d
     net = build.network(config, NETWORKS[name])
     stage = Stage(net, build.diffusion(config, NETWORKS[name]), size_of(config, name))
     steps = min(bench.steps, config.cascade.sampling(name).steps)
-    settings = replace(config.cascade, compile=bench.compile and device != "cpu")
-    setattr(settings, name, replace(settings.sampling(name), steps=steps))
-    maker = MakeAVideo(Words(config), *(stage,) * 5, config=settings, device=device, dtype=dtype)  # type: ignore
+    cascade = replace(config.cascade, compile=bench.compile and device != "cpu")
+    setattr(cascade, name, replace(cascade.sampling(name), steps=steps))
+    maker = MakeAVideo(Words(config), *(stage,) * 5, config=cascade, device=device, dtype=dtype)  # type: ignore
     inside, calls = 0.0, 0
 
     def before(*_: Any) -> None:
@@ -209,8 +208,7 @@ def table(rows: list[Row]) -> str:
 
 @for_people
 def main(arguments: list[str]) -> None:
-    bench = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Bench), OmegaConf.from_dotlist(arguments)))
-    assert isinstance(bench, Bench)
+    bench = settings(Bench, arguments)
     device = build.device()
     rows: list[Row] = []
     for size in bench.sizes:

@@ -22,6 +22,7 @@ from models.cascade import CascadeConfig
 from models.clip import ClipConfig
 from models.diffusion import DiffusionConfig
 from models.prior import PriorConfig
+from models.sampling import STAGES
 from models.unet import UNetConfig
 
 PAGES = Path(__file__).parent
@@ -220,7 +221,8 @@ def load(size: str, overrides: list[str] | None = None, section: str = "") -> Co
 
     Args:
         size: name of a shipped page, or path of a YAML file.
-        overrides: `key=value`; a key is looked up in `section` first, then at the top.
+        overrides: `key=value`; a key is looked up in `section` first, then at the top. With cascade.preset among them
+            the samplers and steps of the page are left out, those of other overrides are not.
         section: the stage whose keys need no prefix.
 
     Raises:
@@ -231,6 +233,9 @@ def load(size: str, overrides: list[str] | None = None, section: str = "") -> Co
     merged = OmegaConf.merge(schema, *pages(size, schema))
     assert isinstance(merged, DictConfig)
     merged.size, merged.page = Path(size).stem, size
+    if any(override.startswith("cascade.preset=") for override in overrides or []):
+        for stage in STAGES:  # a preset that is asked for wins over samplers and steps of the page
+            merged.cascade[stage].sampler, merged.cascade[stage].steps, merged.cascade[stage].bend = "", 0, 0.0
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals:

@@ -5,10 +5,12 @@ with the same prompts, embeddings and noise for all. Writes `<runs>/<size>/curve
 so that an interrupted command goes on, `curve.json` and `curve.svg`.
 """
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,7 @@ from experiments.generate import make_cascade
 from experiments.scores import real_clips
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
-from models.sampling import PRESETS, SamplingConfig
+from models.sampling import PRESETS
 
 # DDIM at 250, which takes most of the time, is what the others are held to.
 # A curve's sampler, bend of its times, and numbers of steps.
@@ -48,12 +50,14 @@ def curve(config: Config) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     settings, fps = config.evaluate, config.cascade.fps
     maker, fvd = make_cascade(config), FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
-    run = f"{maker.digest()}-{fvd.name}-{settings.samples}-{config.seed}"
     task = folder_task(config)
     texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
+    cascade, own = maker.config, maker.config.decoder  # each point has its own sampler and steps, and the page's rest
+    run = digest([maker.digest(), str(maker.dtype), fvd.name, getattr(fvd, "digest", None), config.seed, fps, texts,
+                  [clip.name for clip in clips], cascade.frames, cascade.candidates, asdict(cascade.sampling("prior")),
+                  task.real])  # fmt: skip
     seeds = [config.seed + k for k in range(len(texts))]
     parts = [slice(start, start + settings.batch_size) for start in range(0, len(seeds), settings.batch_size)]
-    guidance = config.cascade.decoder.guidance
 
     def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
         """What a file holds, or what is then written to it."""
@@ -72,8 +76,8 @@ def curve(config: Config) -> dict[str, Any]:
     distances: dict[str, dict[int, float]] = {curve: {} for curve in POINTS}
     for curve, (sampler, bend, counts) in POINTS.items():
         for steps in counts:
-            maker.config.decoder = SamplingConfig(sampler, steps, guidance, bend=bend)
-            name = f"{sampler}-{steps}-{guidance:g}" + (f"-bend{bend:g}" if bend != 1 else "")
+            maker.config = replace(cascade, decoder=replace(own, sampler=sampler, steps=steps, bend=bend))
+            name = f"{sampler}-{steps}-{digest([own.guidance, own.rescale, own.noise, own.alpha, bend])}"
             made = [kept(f"{name}-{part.start}-{part.stop}", partial(features, part)) for part in parts]
             distances[curve][steps] = float(frechet_distance(real, torch.cat(made)))
             print(f"{curve:<20} {steps:>4} steps  {fvd.name} {distances[curve][steps]:.4f}", flush=True)
@@ -83,13 +87,18 @@ def curve(config: Config) -> dict[str, Any]:
     result = {
         "metric": fvd.name,
         "samples": len(texts),
-        "guidance": guidance,
+        "guidance": own.guidance,
         "distances": distances,
         "standard": {"curve": standard, "steps": steps, "over_ddim_250": distances[standard][steps] / anchor},
     }
     (folder / "curve.json").write_text(json.dumps(result, indent=2))
     (folder / "curve.svg").write_text(plot(distances, fvd.name, len(texts)))
     return result
+
+
+def digest(values: list[Any]) -> str:
+    """Twelve hex digits of all that a number depends on, for the name of its file."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
 def plot(distances: dict[str, dict[int, float]], metric: str, samples: int) -> str:

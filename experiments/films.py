@@ -4,12 +4,14 @@ maker = make_cascade(config)                                   # experiments.gen
 request = Request("animate", inputs=("fox.png",), seed=3)
 film = make(config, request, maker)                            # models.cascade.Film, a batch of one
 files = write_film(config, film, request, note(config, request, maker))   # experiments.generate
+again, settings, dtype = remake(read_note(files[0]), str(files[0]))
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from yaml import YAMLError
 
 from datamodules.clips import Video, open_video
 from datamodules.image_text import decode
@@ -31,6 +34,7 @@ LARGEST_FILE = 500 * 2**20  # bytes of a picture or a video
 MOST_FRAMES = 64  # of a video that is extended, all of which are in the film
 KEPT_FRAMES = 16  # of a video whose content is varied
 FORMAT = 1  # of the note
+SLOWEST = 0.1  # frames a second of a video that is extended
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -151,6 +155,8 @@ def film_frames(request: Request, maker: MakeAVideo) -> tuple[Tensor, float]:
     video = opened(path)
     times = video.times
     rate = min(maker.config.fps, (len(times) - 1) / times[-1])
+    if rate < SLOWEST:
+        raise ValueError(f"{path} has a frame in {1 / rate:.0f} seconds: at least one in {1 / SLOWEST:.0f} is needed.")
     n = int(times[-1] * rate + 1e-3) + 1
     if n > MOST_FRAMES and request.forward and request.backward:
         raise ValueError(f"{path} is too long to be extended both ways: {n} frames at {rate:g} per second, at most "
@@ -198,13 +204,19 @@ def content_size(path: str) -> None:
         raise ValueError(f"{path} is empty, or larger than {LARGEST_FILE // 2**20} MiB.")
 
 
-def note(config: Config, request: Request, maker: MakeAVideo) -> dict[str, Any]:
-    """All that makes the film again: the request, digests of weights, settings and inputs, and the settings."""
+def note(config: Config, request: Request, maker: MakeAVideo, uploaded: bool = False) -> dict[str, Any]:
+    """What makes the film again, with the weights and the inputs: the request, digests of both, and the settings.
+
+    Args:
+        uploaded: the inputs are copies that will be deleted, of which the names alone are noted.
+    """
     settings = asdict(maker.config.resolved())
+    paths = [Path(path).name if uploaded else os.path.abspath(path) for path in request.inputs]
     return {
         "make-a-video": FORMAT,
-        **{**asdict(request), "inputs": list(request.inputs)},
-        "inputs_sha256": [hashlib.sha256(content(path)).hexdigest() for path in request.inputs],
+        **{**asdict(request), "inputs": paths},
+        "inputs_sha256": [sha256(path) for path in request.inputs],
+        "uploaded": uploaded,
         "size": config.page,
         "model": maker.digest(),
         "config": settings_digest(settings),
@@ -213,26 +225,59 @@ def note(config: Config, request: Request, maker: MakeAVideo) -> dict[str, Any]:
     }
 
 
+def sha256(path: str) -> str:
+    """The SHA-256 of a file's bytes."""
+    return hashlib.sha256(content(path)).hexdigest()
+
+
+def note_digest(found: dict[str, Any]) -> str:
+    """Six hex digits of all that a film depends on, which tell apart films of one name."""
+    kept = {key: value for key, value in found.items() if key not in ("inputs", "uploaded", "size")}  # where things lie
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+
+
 def settings_digest(settings: dict[str, Any]) -> str:
     """Eight hex digits of the settings of sampling."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def remake(found: dict[str, Any], where: str) -> tuple[Request, CascadeConfig, torch.dtype]:
+def remake(found: dict[str, Any], where: str, inputs: Sequence[str] = ()) -> tuple[Request, CascadeConfig, torch.dtype]:
     """The request, settings and precision of a film's note.
 
-    Raises ValueError for a note of another kind, or inputs that have changed since.
+    Args:
+        inputs: where files that it was made of are now; they are known by their SHA-256.
+
+    Raises ValueError for a note of another kind, or damaged, and for inputs that have changed or moved since.
     """
     if found.get("make-a-video") != FORMAT:
         raise ValueError(f"{where} does not say how it was made: it is not a film of ours, or its note was stripped.")
     try:
-        request = Request(**{**{f.name: found[f.name] for f in fields(Request)}, "inputs": tuple(found["inputs"])})
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CascadeConfig), found["cascade"]))
-        dtype, digests = DTYPES[found["dtype"]], list(found["inputs_sha256"])
-    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        raise ValueError(f"the note of {where} is of another version, or damaged ({error}).") from None
+        values = {f.name: found[f.name] for f in fields(Request)}
+        for f in fields(Request):
+            kind = type(f.default)
+            if not isinstance(values[f.name], list if kind is tuple else (int, float) if kind is float else kind):
+                raise TypeError(f"{f.name} is {values[f.name]!r}")
+        paths, digests = list(found["inputs"]), list(found["inputs_sha256"])
+        if len(paths) != len(digests) or not all(isinstance(value, str) for value in (*paths, *digests)):
+            raise TypeError("inputs have no digests")
+        cascade, dtype = OmegaConf.create(found["cascade"]), DTYPES[found["dtype"]]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CascadeConfig), cascade))
+    except (KeyError, TypeError, AttributeError, OmegaConfBaseException, YAMLError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the note of {where} is of another version, or damaged ({told}).") from None
     assert isinstance(config, CascadeConfig)
-    for path, digest in zip(request.inputs, digests, strict=True):
-        if hashlib.sha256(content(path)).hexdigest() != digest:
+    if settings_digest(asdict(config.resolved())) != found.get("config"):
+        raise ValueError(f"the note of {where} is damaged: its settings are not those of its digest.")
+    request = Request(**{**values, "inputs": tuple(paths)})
+    for path in inputs:
+        if (digest := sha256(path)) not in digests:
+            raise ValueError(f"{path} is not what {where} was made of: its SHA-256 is another.")
+        paths = [path if digest == known else old for old, known in zip(paths, digests, strict=True)]
+    for path, digest in zip(paths, digests, strict=True):
+        if not Path(path).is_file():
+            key = "VIDEO=" if request.use in ("extend", "vary") else "IMAGE= or TO=" if len(paths) > 1 else "IMAGE="
+            gone = "was uploaded to the page, which keeps no uploads" if found.get("uploaded") else "has moved"
+            raise FileNotFoundError(f"{Path(path).name} {gone}: name it with {key}.")
+        if sha256(path) != digest:
             raise ValueError(f"{path} has changed since {where} was made of it.")
-    return request, config, dtype
+    return replace(request, inputs=tuple(paths)), config, dtype

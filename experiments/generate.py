@@ -6,10 +6,11 @@
     python -m experiments.generate SIZE extend VIDEO [forward=1 backward=0 ...]
     python -m experiments.generate SIZE vary VIDEO [key=value ...]
     python -m experiments.generate SIZE edit PICTURE "what it becomes" [before="what it shows" weight=0.35 ...]
-    python -m experiments.generate again FILM [key=value ...]
+    python -m experiments.generate again FILM [input=PICTURE ... formats=[mp4] presentation=512 runs=...]
 
-Writes `<runs>/<size>/films/<title>-<seed>` in the formats of the section `generate`, and beside it a contact sheet with
-a row for each stage. `again` makes a film anew from the note that it carries.
+Writes `<runs>/<size>/films/<title>-<seed>-<digest of the note>` in the formats of the section `generate`, and beside it
+a contact sheet with a row for each stage. `again` makes a film anew from the note that it carries, the weights that it
+names and the files that it was made of, which `input=` names where they have moved.
 """
 
 import re
@@ -30,12 +31,13 @@ from tqdm import tqdm
 
 from experiments import build, films
 from experiments.cli import for_people
-from experiments.config import Config, load
+from experiments.config import Config, GenerateConfig, load
 from experiments.films import Request
-from lightning_modules.media import FORMATS, presented, read_note, to_uint8, write
+from lightning_modules.media import FORMATS, presented, read_note, to_uint8, write, write_picture
 from models.cascade import Film, MakeAVideo, OnStep
 
 NETWORKS = {"decoder": "D^t", "interpolation": "upF", "sr_low": "SR_l^t", "sr_high": "SR_h"}
+KEYS = {f.name for of in (Request, GenerateConfig, Config) for f in fields(of)}
 NAMES = {"decoded": "D^t", "interpolated": "upF", "low": "SR_l^t", "high": "SR_h"}
 
 
@@ -99,8 +101,7 @@ def write_film(config: Config, made: Film, request: Request, note: dict[str, Any
     """The film's files in `<runs>/<size>/films`: every format, a smaller copy of a large film, the contact sheet."""
     folder = build.run_folder(config, "films")
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", request.title().lower()).strip("-")[:60] or "film"
-    name = f"{name}-{request.seed}"
+    name = film_name(request, note)
     clip, fps = made.last()
     frames, side = clip[0].float().cpu(), config.generate.presentation
     paths = [write(folder / name, frames, fps, form, note) for form in config.generate.formats]
@@ -109,8 +110,15 @@ def write_film(config: Config, made: Film, request: Request, note: dict[str, Any
         for form in config.generate.formats:
             write(folder / f"{name}-{side}px", smaller, fps, form, note)
     sheet = folder / f"{name}.png"
-    contact_sheet(made, request.title()).save(sheet)
+    write_picture(sheet, contact_sheet(made, request.title()), note)
     return paths[0], sheet
+
+
+def film_name(request: Request, note: dict[str, Any]) -> str:
+    """`<words of the title>-<seed>-<digest of the note>`: letters of any script, and no two films have one name."""
+    words = re.sub(r"[\W_]+", "-", request.title().lower()).strip("-")[:60]
+    words = words.encode()[:150].decode(errors="ignore").strip("-") or "film"  # names of files have 255 bytes at most
+    return f"{words}-{request.seed}-{films.note_digest(note)}"
 
 
 def contact_sheet(film: Film, title: str, columns: int = 8, side: int = 160) -> Image.Image:
@@ -145,12 +153,19 @@ def contact_sheet(film: Film, title: str, columns: int = 8, side: int = 160) -> 
 def film_again(path: Path, overrides: list[str]) -> tuple[tuple[Path, Path], MakeAVideo]:
     """Make a film anew from its note, by the same weights.
 
-    Raises ValueError where the weights are others, or an input has changed.
+    Raises ValueError where the weights are others, an input has changed, or something else is asked of the film.
     """
+    inputs = [word.removeprefix("input=") for word in overrides if word.startswith("input=")]
+    overrides = [word for word in overrides if not word.startswith("input=")]
+    for word in overrides:
+        if word.partition("=")[0].removeprefix("generate.") not in ("formats", "presentation", "runs"):
+            raise ValueError(f"a film is made again as it was, so '{word}' cannot be asked of it: formats and "
+                             "presentation can, and input= names a file that has moved.")  # fmt: skip
     note = read_note(path)
-    request, settings, dtype = films.remake(note, str(path))
+    request, settings, dtype = films.remake(note, str(path), inputs)
     config = load(str(note.get("size", "")), overrides, section="generate")
     config.cascade = settings
+    check_formats(config)
     maker = make_cascade(config)
     maker.dtype = dtype
     if maker.digest() != note.get("model"):
@@ -169,6 +184,10 @@ def request_of(words: list[str]) -> tuple[Request, list[str]]:
     use = use or "text"
     files = len(films.USES[use].inputs)
     plain = files + (use in ("text", "edit"))
+    for word in words[:plain]:
+        begun = re.match(r"([a-z_]+)[a-z_.]*=", word)
+        if begun and begun[1] in KEYS and not Path(word).is_file():
+            raise ValueError(f"'{word}' stands where {' and '.join(films.USES[use].inputs) or 'the sentence'} should.")
     keys: dict[str, Any] = {f.name: type(f.default) for f in fields(Request)}
     keys = {name: kind for name, kind in keys.items() if name not in ("use", "inputs", "prompt")}
     own: dict[str, Any] = {}
@@ -187,14 +206,28 @@ def request_of(words: list[str]) -> tuple[Request, list[str]]:
 
 
 def peak_memory() -> float:
-    """Largest resident size of this process so far, plus the largest of its children, in GiB."""
+    """Largest resident size of this process so far, in GiB."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (own.ru_maxrss + children.ru_maxrss) / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def peaks() -> str:
+    """The peak of memory, and that of the GPU where there is one."""
+    told = f"at most {peak_memory():.1f} GiB"
+    if torch.cuda.is_available():
+        told += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU"
+    return told
 
 
 @for_people
 def main(arguments: list[str]) -> None:
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: this film was not written; what was there stays.")
+
+
+def run(arguments: list[str]) -> None:
     if len(arguments) < 2:
         raise ValueError('usage: python -m experiments.generate SIZE "a sentence" [key=value ...]')
     start = time.time()
@@ -207,7 +240,7 @@ def main(arguments: list[str]) -> None:
         maker = make_cascade(config)
         path, sheet = film(config, request, maker)
     frames = ", ".join(f"{NETWORKS[name]} {n}" for name, n in maker.most_frames.items())
-    print(f"{path}\n{sheet}\nin {time.time() - start:.0f} s and at most {peak_memory():.1f} GiB; "
+    print(f"{path}\n{sheet}\nin {time.time() - start:.0f} s and {peaks()}; "
           f"frames at a time: {frames}")  # fmt: skip
 
 

@@ -13,6 +13,7 @@ rater by name. `python -m experiments.human_tally <out>` counts.
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -43,12 +44,17 @@ def pairs(a: list[Sample], b: list[Sample]) -> list[tuple[Sample, Sample]]:
             by_prompt[film.prompt][side].append(film)
     found = []
     for left, right in by_prompt.values():
-        names = {film.path.stem: film for film in right}
-        same = [(film, names[film.path.stem]) for film in left if film.path.stem in names]
+        names = {untold(film): film for film in right}
+        same = [(film, names[untold(film)]) for film in left if untold(film) in names]
         taken = {film.path for pair in same for film in pair}
         rest = [[film for film in side if film.path not in taken] for side in (left, right)]
         found += [*same, *zip(*rest, strict=False)]
     return found
+
+
+def untold(film: Sample) -> str:
+    """The name of a film without the digest at its end, which is another for every model: sentence and seed."""
+    return re.sub(r"(-\d+)-[0-9a-f]{6}$", r"\1", film.path.stem)
 
 
 def build(folder_a: Path, folder_b: Path, options: HumanEval) -> tuple[Path, list[str]]:

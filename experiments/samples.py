@@ -112,7 +112,7 @@ def read(path: Path, named: Mapping[str, list[str]], prompt: str) -> Sample:
             prompt = prompt or noted(file.metadata.get("comment", ""))
     except (av.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a film ({error}): make it again or take it away.") from None
-    words = re.sub(r"-\d+$", "", path.stem)
+    words = re.sub(r"-\d+(-[0-9a-f]{6})?$", "", path.stem)
     meant = named.get(slug(words), [])
     if not prompt and len(meant) > 1:
         raise ValueError(f"{path} may be of '{meant[0]}' or of '{meant[1]}': its name does not tell them apart.")

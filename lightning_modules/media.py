@@ -1,6 +1,7 @@
 """Pictures and clips as files, with a note on how they were made."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ Note = Mapping[str, Any]
 
 FORMATS = ("mp4", "webm", "gif", "webp", "png")  # png: a folder of frames
 KEY = "make-a-video"  # of the note in a PNG
+GIF_FPS = 50
 
 
 def strip(pictures: Tensor) -> Tensor:
@@ -48,6 +50,15 @@ def presented(clip: Tensor, side: int) -> Tensor:
 def write_png(path: Path, picture: Tensor) -> None:
     """Write an image `3 h w` in [-1, 1]."""
     Image.fromarray(to_uint8(picture)).save(path)
+
+
+def write_picture(path: Path, picture: Image.Image, note: Note | None = None) -> None:
+    """Write a picture as PNG, whole or not at all, with the note as a text in it."""
+    text = PngInfo()
+    if note is not None:
+        text.add_itxt(KEY, json.dumps(note))
+    with whole(path) as part:
+        picture.save(part, format="PNG", pnginfo=text)
 
 
 def write_mp4(path: Path, clip: Tensor, fps: float, note: Note | None = None) -> None:
@@ -78,8 +89,14 @@ def encode(
 
 
 def write_gif(path: Path, clip: Tensor, fps: float, note: Note | None = None) -> None:
-    """Write a clip as a GIF that repeats: 256 colours for all frames, hundredths of a second for each."""
+    """Write a clip as a GIF that repeats: 256 colours for all frames, hundredths of a second for each.
+
+    Programs show a frame for two of them at least: of a film above 50 fps frames are left out, which keeps its time.
+    """
     frames = to_uint8(clip)
+    if fps > GIF_FPS:
+        n = max(1, round(len(frames) * GIF_FPS / fps))
+        frames, fps = frames[np.arange(n) * len(frames) // n], n * fps / len(frames)
     some = frames[:: max(1, len(frames) // 16)]
     palette = Image.fromarray(np.concatenate(some)).quantize(256)
     pictures = [
@@ -101,18 +118,23 @@ def write_webp(path: Path, clip: Tensor, fps: float, note: Note | None = None) -
 
 
 def write_frames(folder: Path, clip: Tensor, fps: float, note: Note | None = None) -> None:
-    """Write each frame as `folder/0000.png`, without loss; frames of an older, longer film there are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    frames = to_uint8(clip)
-    text = PngInfo()
-    if note is not None:
-        text.add_itxt(KEY, json.dumps(note))
-    for i, frame in enumerate(frames):
-        with whole(folder / f"{i:04d}.png") as part:
-            Image.fromarray(frame).save(part, format="PNG", pnginfo=text)
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
-        if int(old.stem) >= len(frames):
-            old.unlink()
+    """Write each frame as `folder/0000.png`, without loss, and all of them or none; an older folder is replaced."""
+    part, old = (folder.with_name(folder.name + suffix) for suffix in (".part", ".old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for i, frame in enumerate(to_uint8(clip)):
+            write_picture(part / f"{i:04d}.png", Image.fromarray(frame), note)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def shown(frames: int, fps: float, unit: int) -> list[int]:

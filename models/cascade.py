@@ -20,10 +20,12 @@ from models.stages import (
     again,
     at_once_pays,
     check_seeds,
+    check_stop,
     pixel_denoiser,
     stream,
     windows,
 )
+from models.tiles import tileable
 
 __all__ = [
     "STOPS",
@@ -75,6 +77,8 @@ class MakeAVideo:
             stage.net.to(self.device).eval().requires_grad_(False)
             if config.compile:
                 stage.net.compile()
+        for name in STAGES:
+            self.sampling(name)
 
     @classmethod
     def from_pretrained(
@@ -96,16 +100,24 @@ class MakeAVideo:
         save(self, folder, half)
 
     def digest(self) -> str:
-        """Sixteen hex digits that tell these weights from others; computed once."""
+        """Sixteen hex digits that tell these weights, shapes and processes from others; computed once."""
         if not self.weights_digest:
-            from models.pretrained import digests, together
+            from models.pretrained import model_digest
 
-            self.weights_digest = together(digests(self))
+            self.weights_digest = model_digest(self)
         return self.weights_digest
 
     def stages(self) -> dict[str, Stage]:
         """The five stages by name."""
         return {name: getattr(self, name) for name in STAGES}
+
+    def sampling(self, name: str) -> SamplingConfig:
+        """How a stage is sampled. Raises ValueError for more steps, or more noise, than its process has."""
+        found, steps = self.config.sampling(name), getattr(self, name).diffusion.config.steps
+        if found.steps > steps or found.noise_level >= steps:
+            raise ValueError(f"cascade.{name} has {found.steps} steps and noise_level {found.noise_level}, and its "
+                             f"diffusion has {steps}: at most {steps} and {steps - 1}.")  # fmt: skip
+        return found
 
     def text_to_video(
         self, prompts: Sequence[str], seeds: Sequence[int], stop: str = "high", intermediates: bool = True
@@ -115,8 +127,7 @@ class MakeAVideo:
         Without `intermediates` the last clip alone is kept. Raises ValueError for an empty prompt, an unknown stop, and
         where there is not a seed for each prompt.
         """
-        if stop not in STOPS:
-            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS)}.")
+        check_stop(stop, STOPS)
         fps = self.config.fps
         film = Film(self.embed(prompts, seeds), fps=fps * self.config.skip, decoded_fps=fps)
         if stop == "embedding":
@@ -125,8 +136,7 @@ class MakeAVideo:
 
     def finish(self, film: Film, seeds: Sequence[int], stop: str = "high", intermediates: bool = True) -> Film:
         """The stages that follow `decoded` (or `interpolated`, where the film has it), as far as `stop`."""
-        if stop not in STOPS[1:]:
-            raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(STOPS[1:])}.")
+        check_stop(stop)
         clips = film.clips()
         end = STOPS.index(stop)
         for name in STOPS[2 : end + 1]:
@@ -171,7 +181,7 @@ class MakeAVideo:
         side, frames = self.decoder.size, self.config.frames if frames is None else frames
         if not 1 <= frames <= 1000:
             raise ValueError(f"a clip of {frames} frames cannot be made: ask for 1 ... 1000, the paper's is 16.")
-        draw = self.draw(seeds, "decoder", (3, frames, side, side))
+        draw = self.start("decoder", self.draw(seeds, "decoder", (3, frames, side, side)))
         return self.sample("decoder", self.decoder, self.with_embedding(self.decoder, embedding, fps), draw)
 
     def complete(
@@ -185,7 +195,7 @@ class MakeAVideo:
             turn: 1 ... 1000, for calls on one film that are to have noise of their own.
         """
         check_seeds(seeds, len(clip))
-        draw = self.draw(seeds, "interpolation", (3, *clip.shape[2:]), turn)
+        draw = self.start("interpolation", self.draw(seeds, "interpolation", (3, *clip.shape[2:]), turn))
         mask = known.to(self.device).float()[:, None, None].expand(len(clip), 1, -1, *clip.shape[3:])
         given = torch.cat((torch.where(mask > 0, clip.to(self.device), 0.0), mask), dim=1)
         return self.fill(given, embedding, fps, draw)
@@ -203,7 +213,8 @@ class MakeAVideo:
         groups = windows(frames, self.config.window, skip, self.config.windows)
         parts: list[Tensor] = []
         for i, group in enumerate(groups):
-            whole = self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:]))
+            # of the whole film, so that frames of one window share their noise with those of the next
+            whole = self.start("interpolation", self.draw(seeds, "interpolation", (3, frames, *clip.shape[3:])))
 
             def draw(whole: Draw = whole, group: list[tuple[int, int]] = group) -> Tensor:
                 noise = whole()
@@ -239,7 +250,7 @@ class MakeAVideo:
         self, name: str, stage: Stage, clip: Tensor, draw: Draw, fps: float | None, part: int = 0, parts: int = 1
     ) -> Tensor:
         """Super-resolution of a clip by either network."""
-        level = torch.full((len(clip),), self.config.sampling(name).noise_level, device=self.device)
+        level = torch.full((len(clip),), self.sampling(name).noise_level, device=self.device)
         low = low_res_condition(clip.to(self.device), stage.size, stage.diffusion, level, draw())
         rate = None if fps is None else torch.full((len(clip),), fps, device=self.device)
         tile = {} if fps is None else {"tile": self.config.tile}
@@ -250,7 +261,7 @@ class MakeAVideo:
                 stage.net, stage.diffusion, **{k: again(v, drops) for k, v in conditions.items()}, **tile
             )
 
-        return self.sample(name, stage, denoisers, draw, part, parts)
+        return self.sample(name, stage, denoisers, self.start(name, draw), part, parts)
 
     def with_embedding(self, stage: Stage, embedding: Tensor, fps: float, **conditions: Tensor) -> Denoisers:
         """The denoisers of a network conditioned on y_e and fps, with the embedding or (drop) without."""
@@ -274,7 +285,7 @@ class MakeAVideo:
         self, name: str, stage: Stage, denoisers: Denoisers, draw: Draw, part: int = 0, parts: int = 1
     ) -> Tensor:
         """Run a stage's sampler. A GPU makes both halves of guidance in one call; a CPU gains nothing by it."""
-        config = self.config.sampling(name)
+        config = self.sampling(name)
         times = stage.diffusion.times(config.steps, self.device, config.bend)
         once = config.guidance != 1 and at_once_pays(self.device)
         if once:
@@ -295,12 +306,29 @@ class MakeAVideo:
 
         z = draw()
         if stage.size:
-            tile = self.config.tile if name == "sr_low" else 0
+            tile = self.config.tile if name == "sr_low" and tileable(stage.net) else 0
             at_once = min(z.shape[2], tile + 4) if tile else z.shape[2]
             self.most_frames[name] = max(self.most_frames.get(name, 0), len(z) * at_once * (1 + once))
-        if config.noise != "independent" and z.ndim == 5:
-            z = correlated(z, draw()[:, :, 0], config.noise, config.alpha)
         return SAMPLERS[config.sampler](counted, z, times, draw)
+
+    def start(self, name: str, draw: Draw) -> Draw:
+        """The noise of a clip `b c f h w`, of which frames have in common what the stage's settings say at first alone.
+
+        SR_h's frames share all of their noise as it is.
+        """
+        config = self.config.sampling(name)
+        if config.noise == "independent" or name == "sr_high":
+            return draw
+        begun = False
+
+        def drawn() -> Tensor:
+            nonlocal begun
+            if begun:
+                return draw()
+            begun = True
+            return correlated(draw(), draw()[:, :, 0], config.noise, config.alpha)
+
+        return drawn
 
     def flags(self, drops: Sequence[bool], n: int) -> Tensor:
         """Each flag for a whole batch of n."""

@@ -3,7 +3,7 @@
 The one module of `models` that reads and writes files, so that who has the weights needs nothing else of this
 repository: no Lightning, no pages, no run folders.
 
-    config.json              shapes, processes, settings of sampling, and a SHA-256 of each set of weights
+    config.json              shapes, processes, settings of sampling, a SHA-256 of each set of weights, and of all
     clip.safetensors         CLIP; prior, decoder, interpolation, sr_low, sr_high likewise
     vocabulary.txt.gz        the BPE vocabulary of CLIP's tokenizer
 """
@@ -29,12 +29,13 @@ from models.prior import Prior, PriorConfig
 from models.sampling import STAGES, CascadeConfig, SamplingConfig
 from models.unet import UNet, UNetConfig
 
-FORMAT = 1
+FORMAT = 2
 VOCABULARY = "vocabulary.txt.gz"
+TRAINING = ("dropout", "checkpoint_activations", "min_snr_gamma", "vlb_weight")  # what no film depends on
 
 
 def save(maker: MakeAVideo, folder: str | Path, half: bool = False) -> None:
-    """Write the cascade to a folder, over what was there.
+    """Write the cascade to a folder, over what was there, which stays as it was until all is written.
 
     Args:
         half: weights in float16, half the size; films are then of another model, with another digest.
@@ -45,24 +46,29 @@ def save(maker: MakeAVideo, folder: str | Path, half: bool = False) -> None:
         raise ValueError("this CLIP does not know its own shape: give Clip its config.")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    found: dict[str, str] = {}
-    for name, net in networks(maker).items():
-        state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-        if half:
-            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        found[name] = digest(state)
-        save_file(state, root / f"{name}.safetensors")
-    page = {
-        "format": FORMAT,
-        "model": together(found),
-        "sha256": found,
-        "clip": {"name": maker.clip.name, **asdict_of(maker.clip.config)},
-        "stages": {name: description(stage) for name, stage in maker.stages().items()},
-        "cascade": asdict(maker.config),
-    }
+    names = [*(f"{name}.safetensors" for name in networks(maker)), "config.json"]
     if not maker.clip.config.name:
-        shutil.copyfile(default_bpe(), root / VOCABULARY)
-    (root / "config.json").write_text(json.dumps(page, indent=2) + "\n")
+        names.append(VOCABULARY)
+    parts = {name: root / f"{name}.part" for name in names}
+    found: dict[str, str] = {}
+    try:
+        for name, net in networks(maker).items():
+            state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+            if half:
+                state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            found[name] = digest(state)
+            save_file(state, parts[f"{name}.safetensors"])
+        what = shapes(maker)
+        page = {"format": FORMAT, "model": together(found, what), "sha256": found, **what,
+                "cascade": asdict(maker.config)}  # fmt: skip
+        if VOCABULARY in parts:
+            shutil.copyfile(default_bpe(), parts[VOCABULARY])
+        parts["config.json"].write_text(json.dumps(page, indent=2) + "\n")
+        for name, part in parts.items():
+            part.replace(root / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def load(
@@ -88,8 +94,11 @@ def load(
         page = json.loads(path.read_text())
         if page["format"] != FORMAT:
             raise ValueError(f"format {page['format']}, where {FORMAT} is known")
-        name = page["clip"].pop("name")
-        shape = ClipConfig(**page["clip"].pop("config"))
+        if together(page["sha256"], page) != page["model"]:
+            raise ValueError("its networks or processes have been edited since it was written")
+        name = page["clip"]["name"]
+        shape = ClipConfig(**page["clip"]["config"])
+        mean, std = torch.tensor(page["clip"]["mean"]), torch.tensor(page["clip"]["std"])
         model = (
             open_clip.create_model(shape.name, force_quick_gelu=quick_gelu(shape)) if shape.name else build_clip(shape)
         )
@@ -97,7 +106,7 @@ def load(
         settings: Any = {k: SamplingConfig(**v) if isinstance(v, dict) else v for k, v in page["cascade"].items()}
         config = CascadeConfig(**settings)
         wanted: dict[str, str] = page["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not the page of a model, or damaged ({error}).") from None
     for key, net in {"clip": model, **{key: stage.net for key, stage in stages.items()}}.items():
         load_weights(net, root / f"{key}.safetensors", wanted.get(key, ""))
@@ -109,8 +118,9 @@ def load(
     elif (root / VOCABULARY).is_file():
         tokenizer = SimpleTokenizer(str(root / VOCABULARY), context_length=shape.context_length)
     clip = Clip(model, name, tokenizer, shape)
+    clip.mean, clip.std = mean, std  # open_clip has those of a name with its pretrained weights alone
     maker = MakeAVideo(clip, **stages, config=config, device=device, dtype=dtype, on_step=on_step)
-    maker.weights_digest = together(wanted)
+    maker.weights_digest = page["model"]
     return maker
 
 
@@ -135,9 +145,9 @@ def networks(maker: MakeAVideo) -> dict[str, nn.Module]:
     return {"clip": maker.clip.model, **{name: stage.net for name, stage in maker.stages().items()}}
 
 
-def digests(maker: MakeAVideo) -> dict[str, str]:
-    """A SHA-256 of each network's weights."""
-    return {name: digest(net.state_dict()) for name, net in networks(maker).items()}
+def model_digest(maker: MakeAVideo) -> str:
+    """Sixteen hex digits of the weights and of what else makes a film of them."""
+    return together({name: digest(net.state_dict()) for name, net in networks(maker).items()}, shapes(maker))
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -150,14 +160,32 @@ def digest(state: dict[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def together(found: dict[str, str]) -> str:
-    """One digest of all networks, sixteen hex digits."""
-    return hashlib.sha256("".join(found[name] for name in ("clip", *STAGES)).encode()).hexdigest()[:16]
+def together(found: dict[str, str], what: dict[str, Any]) -> str:
+    """One digest of all networks, sixteen hex digits: of their weights, and of their `shapes`.
+
+    The same weights under another schedule, prediction or size make another film.
+    """
+    clip = {key: value for key, value in what["clip"].items() if key != "name"}
+    text = json.dumps([[found[name] for name in ("clip", *STAGES)], for_films(clip), for_films(what["stages"])],
+                      sort_keys=True)  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def asdict_of(config: ClipConfig) -> dict[str, Any]:
-    """CLIP's shape, without where its weights once lay."""
-    return {"config": asdict(replace(config, pretrained="", sha256=""))}
+def for_films(values: Any) -> Any:
+    """A description without what matters in training alone."""
+    if not isinstance(values, dict):
+        return values
+    return {key: for_films(value) for key, value in values.items() if key not in TRAINING}
+
+
+def shapes(maker: MakeAVideo) -> dict[str, Any]:
+    """What CLIP and the stages are, but for their weights."""
+    clip, config = maker.clip, maker.clip.config
+    shape = None if config is None else asdict(replace(config, pretrained="", sha256=""))  # where weights once lay
+    return {
+        "clip": {"name": clip.name, "config": shape, "mean": clip.mean.tolist(), "std": clip.std.tolist()},
+        "stages": {name: description(stage) for name, stage in maker.stages().items()},
+    }
 
 
 def description(stage: Stage) -> dict[str, Any]:

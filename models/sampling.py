@@ -1,5 +1,6 @@
 """How the stages of the cascade are sampled: sampler, steps, guidance and noise of each, and the presets."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,7 +48,8 @@ class SamplingConfig:
     rescale: float = 0.0  # share of guidance's wider range that is taken back, 0.7 in arXiv 2305.08891
     noise_level: int = -1  # super-resolution: diffusion time of the noise on the small clip, -1 = none
     bend: float = 0.0  # 1 = even times, above 1 closer ones near the clean sample (`Diffusion.times`); 0 = the preset's
-    noise: str = "independent"  # of the frames at the start: independent | mixed | progressive (arXiv 2305.10474)
+    noise: str = "independent"  # of the frames at the start, but for SR_h, whose frames share all of it:
+    # independent | mixed | progressive (arXiv 2305.10474)
     alpha: float = 1.0  # strength of what frames share in mixed (1 there) and progressive noise (2 there)
 
 
@@ -77,16 +79,18 @@ class CascadeConfig:
                 raise ValueError(f"cascade.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.frames > 1000 or self.skip > 100:
             raise ValueError(f"cascade: {self.frames} frames at skip {self.skip} are too many: at most 1000 and 100.")
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"cascade.fps is {self.fps}: give a rate in frames per second, as 6.")
+        if not 0.1 <= self.fps <= 1000:
+            raise ValueError(f"cascade.fps is {self.fps}: give a rate in frames per second, 0.1 ... 1000, as 6.")
         for name in ("window", "tile"):
             if getattr(self, name) < 0:
                 raise ValueError(f"cascade.{name} is {getattr(self, name)}: give a number of frames, or 0 for all.")
+        for stage in STAGES:
+            self.sampling(stage)
 
     def sampling(self, stage: str) -> SamplingConfig:
         """How a stage is sampled, with what it leaves to the preset.
 
-        Raises ValueError for a preset, a sampler or a kind of noise that there is not.
+        Raises ValueError for a preset, a sampler or a kind of noise that there is not, and for impossible numbers.
         """
         if self.preset not in PRESETS:
             raise ValueError(f"cascade.preset '{self.preset}' is not one of {', '.join(PRESETS)}.")
@@ -102,6 +106,15 @@ class CascadeConfig:
             raise ValueError(f"cascade.{stage}.sampler '{found.sampler}' is not one of {', '.join(SAMPLERS)}.")
         if found.noise not in NOISES:
             raise ValueError(f"cascade.{stage}.noise '{found.noise}' is not one of {', '.join(NOISES)}.")
+        for key, value, right, words in (
+            ("steps", found.steps, found.steps >= 1, "at least 1, or 0 for the preset's"),
+            ("guidance", found.guidance, math.isfinite(found.guidance), "a number, as 4, and 1 is none"),
+            ("rescale", found.rescale, 0 <= found.rescale <= 1, "a share, 0 ... 1"),
+            ("noise_level", found.noise_level, found.noise_level >= -1, "a diffusion time, or -1 for no noise"),
+            ("alpha", found.alpha, 0 <= found.alpha < math.inf, "a number from 0 up"),
+        ):
+            if not right:
+                raise ValueError(f"cascade.{stage}.{key} is {value}: give {words}.")
         return found
 
     def resolved(self) -> "CascadeConfig":

@@ -72,6 +72,12 @@ def check_seeds(seeds: Sequence[int], n: int) -> None:
         raise ValueError(f"seeds are whole numbers from 0 to 2^48 - 1, not {', '.join(map(str, seeds))}.")
 
 
+def check_stop(stop: str, stops: Sequence[str] = STOPS[1:]) -> None:
+    """Raises ValueError for a stage that one cannot stop after."""
+    if stop not in stops:
+        raise ValueError(f"there is no stage '{stop}' to stop after: it is one of {', '.join(stops)}.")
+
+
 def stream(seed: int, name: str, index: int = 0) -> int:
     """The seed of one stage's noise, so that no two stages of a film share theirs."""
     return (seed * len(STAGES) + STAGES.index(name)) * 1009 + index

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def in_tiles(layer: Callable[..., Tensor], inputs: tuple[Tensor, ...], frames: int, tile: int, reach: int) -> Tensor:
@@ -40,8 +40,7 @@ def through(level: Any, inputs: tuple[Tensor, ...], time: Tensor, frames: int, c
 
     Attention over time reads all frames at each pixel, so a level that has it is run whole.
     """
-    attention = level.attention
-    if attention is not None and attention.temporal is not None:
+    if reads_all_frames(level):
         tile = 0
     n = len(inputs)
 
@@ -52,6 +51,17 @@ def through(level: Any, inputs: tuple[Tensor, ...], time: Tensor, frames: int, c
 
     more = (time,) if context is None else (time, context)
     return in_tiles(run, (*inputs, *more), frames, tile, reach=2)
+
+
+def reads_all_frames(level: Any) -> bool:
+    """Has a level attention over time?"""
+    attention = getattr(level, "attention", None)
+    return getattr(attention, "temporal", None) is not None
+
+
+def tileable(net: nn.Module) -> bool:
+    """Does every level of a network run in tiles?"""
+    return not any(reads_all_frames(level) for level in net.modules())
 
 
 def folded(clip: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ decoder's size. Frames that are given are, at that size, exactly those of the fi
 super-resolution makes of them is larger, and its own.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,10 +16,12 @@ from torch.nn import functional as F
 
 from models.cascade import Film, MakeAVideo
 from models.clip import scaled
+from models.stages import check_stop
 
 
 def animate(maker: MakeAVideo, pictures: Tensor, seeds: Sequence[int], stop: str = "high") -> Film:
     """Pictures set in motion: each is the first frame, its CLIP embedding the condition, upF makes what follows."""
+    check_stop(stop)
     keys, known = frames_of(maker, pictures.unsqueeze(2), [0])
     return continued(maker, keys, known, picture_embedding(maker, pictures), seeds, stop)
 
@@ -27,6 +30,7 @@ def between(
     maker: MakeAVideo, first: Tensor, last: Tensor, seeds: Sequence[int], weight: float = 0.5, stop: str = "high"
 ) -> Film:
     """The passage from one picture to another, under a slerp of their embeddings (at `weight` of the way)."""
+    check_stop(stop)
     small = torch.stack((first, last), dim=2) if first.shape == last.shape else None
     if small is None:
         raise ValueError(f"two pictures of one size are needed, not of {first.shape[-1]} and {last.shape[-1]} pixels.")
@@ -49,6 +53,7 @@ def extend(
     Every time upF is given almost half of a clip of the training length, as many frames as in training at most, and
     makes the rest: 9 frames after 7. The condition is the mean CLIP embedding of the frames that were given at first.
     """
+    check_stop(stop)
     length = maker.config.frames
     kept = min(clips.shape[2], max(1, length // 2 - 1))
     if min(forward, backward) < 0 or not 1 <= forward + backward <= 100:
@@ -90,6 +95,7 @@ def edit(maker: MakeAVideo, embedding: Tensor, before: str, after: str, weight: 
 
 def from_embedding(maker: MakeAVideo, embedding: Tensor, seeds: Sequence[int], stop: str = "high") -> Film:
     """A film of a scaled CLIP image embedding `b d`, that of an edit for one."""
+    check_stop(stop)
     fps = maker.config.fps
     return finished(maker, maker.decode(embedding, fps, seeds), embedding, fps, seeds, stop)
 
@@ -103,11 +109,15 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         raise ValueError(f"a weight between two embeddings is 0 ... 1, not {weight}.")
     x, y = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     angle = (x * y).sum(-1, keepdim=True).clamp(-1, 1).acos()
-    near = angle.sin() < 1e-4  # the same, or opposite, where no way is the shortest
+    near = angle.sin() < 1e-4  # the same, or opposite
     sine = torch.where(near, 1.0, angle.sin())
     u = torch.where(near, 1 - weight, ((1 - weight) * angle).sin() / sine)
     v = torch.where(near, weight, (weight * angle).sin() / sine)
-    return scaled(F.normalize(u * x + v * y, dim=-1))
+    # between opposites no way is the shortest: one goes by the axis that is the furthest from them
+    axis = F.one_hot(x.abs().argmin(-1), x.shape[-1]).to(x)
+    by = F.normalize(axis - (axis * x).sum(-1, keepdim=True) * x, dim=-1)
+    turned = math.cos(weight * math.pi) * x + math.sin(weight * math.pi) * by
+    return scaled(F.normalize(torch.where(near & (angle > 1), turned, u * x + v * y), dim=-1))
 
 
 def picture_embedding(maker: MakeAVideo, pictures: Tensor) -> Tensor:

@@ -46,3 +46,10 @@ def test_tiles_bound_the_memory_of_a_call() -> None:
     pages = [load("tiny", [f"cascade.tile={tile}", "cascade.frames=8"]) for tile in (4, 0)]
     tiled, whole = (traced(page, "sr_low", "cpu", True).memory for page in pages)
     assert tiled < 0.8 * whole
+
+
+def test_a_mistyped_key_is_a_sentence() -> None:
+    with pytest.raises(SystemExit, match="there is no key 'size'; did you mean 'sizes'"):
+        main(["size=[tiny]"])
+    with pytest.raises(SystemExit, match="not of the form key=value"):
+        main(["tiny"])

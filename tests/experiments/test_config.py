@@ -9,6 +9,7 @@ import yaml
 
 from experiments import build
 from experiments.config import Config, load, save, sizes
+from models.sampling import PRESETS, STAGES
 from models.unet import UNet
 
 PAPER = {"prior": 1.3, "decoder_video": 3.1, "interpolation": 3.1, "sr_low_video": 1.4, "sr_high": 0.7}
@@ -166,3 +167,17 @@ def test_a_stage_has_pictures_of_its_own() -> None:
     config = load("tiny", ["sr_high.shards=[large.tar]", "data.weights=[1]"])
     assert build.datamodule(config, "sr_high").groups == [["large.tar"]]  # type: ignore[union-attr]
     assert build.datamodule(config, "sr_low").groups == [config.data.shards]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", sizes())
+def test_a_preset_on_the_command_line_wins_over_the_page(size: str, tmp_path: Path) -> None:
+    """Over any stage's sampler and steps there, not over those that the command line names too."""
+    page = tmp_path / "mine.yaml"
+    page.write_text(f"extends: {size}\ncascade: {{decoder: {{sampler: ddim, steps: 77}}, sr_low: {{steps: 3}}}}\n")
+    for where in (size, str(page)):
+        own, draft = load(where), load(where, ["cascade.sr_high.steps=9", "cascade.preset=draft"], "generate")
+        for stage in STAGES:
+            found, before = draft.cascade.sampling(stage), own.cascade.sampling(stage)
+            sampler, steps = PRESETS["draft"][stage]
+            assert (found.sampler, found.steps) == (sampler, 9 if stage == "sr_high" else steps)
+            assert (found.guidance, found.noise_level) == (before.guidance, before.noise_level)

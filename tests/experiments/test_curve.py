@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments import build, curve
-from experiments.config import load
+from experiments.config import Config, load
+from experiments.generate import make_cascade
+from models.cascade import MakeAVideo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +56,34 @@ def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     marks = [node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"ddim", "bent", "5", "10"} <= set(marks)
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 4
+
+
+def test_what_a_number_depends_on_is_in_the_name_of_its_file(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other settings are measured anew; the page's are kept where a point does not name them, and left as they were."""
+    monkeypatch.setattr(curve, "FrechetVideoDistance", Means)
+    monkeypatch.setattr(curve, "POINTS", {"ddim": (1, 2)})
+    monkeypatch.setitem(curve.PRESETS["standard"], "decoder", ("ddim", 1))
+    seen = []
+
+    def made(config: Config) -> MakeAVideo:
+        maker = make_cascade(config, on_step=lambda *_: None)
+        decode = maker.decode
+        monkeypatch.setattr(maker, "decode", lambda *given: seen.append(maker.config.decoder) or decode(*given))
+        return maker
+
+    monkeypatch.setattr(curve, "make_cascade", made)
+    always = ["evaluate.samples=2", "evaluate.batch_size=2", "cascade.decoder.guidance=1"]
+    changes = ["cascade.fps=4", "cascade.prior.guidance=2", "cascade.decoder.rescale=0.5", "evaluate.prompt='{}!'"]
+    for change in ["seed=8", *changes]:
+        config = load(str(page), [*always, "cascade.frames=3", change])
+        before = asdict(config.cascade)
+        curve.curve(config)
+        assert len(seen) == 2 and asdict(config.cascade) == before, change
+        wanted = replace(config.cascade.decoder, sampler="ddim", steps=1)
+        assert seen[0] == wanted
+        seen.clear()
+    curve.curve(load(str(page), [*always, "cascade.frames=3", changes[-1]]))
+    assert not seen
 
 
 def test_more_calls_are_further_right_and_less_distance_further_down() -> None:

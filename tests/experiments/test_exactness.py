@@ -52,7 +52,7 @@ def folded(given):
 def test_a_clip_is_its_frames(size, stage, how):
     torch.manual_seed(0)
     net = narrow(size, stage)
-    given = arguments(net, 2 ** len(net.config.multiples))
+    given = arguments(net, net.config.patch * 2 ** len(net.config.multiples))
     if how == "bfloat16":
         net = net.bfloat16()
         given = {k: v.bfloat16() if v.ndim > 1 else v for k, v in given.items()}
@@ -67,7 +67,7 @@ def test_a_clip_is_its_frames(size, stage, how):
 def test_a_still_is_the_image_networks_and_time_learns_from_step_one(size, stage):
     torch.manual_seed(0)
     net = narrow(size, stage)
-    given = arguments(net, 2 ** len(net.config.multiples))
+    given = arguments(net, net.config.patch * 2 ** len(net.config.multiples))
     image = type(net)(net.config).eval()
     image.load_state_dict({k: v for k, v in net.state_dict().items() if k not in net.temporal_keys()})
     still = {k: v[:, :, 0] if v.ndim == 5 else v for k, v in given.items() if k not in ("given", "fps")}

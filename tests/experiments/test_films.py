@@ -1,6 +1,10 @@
 """Films of every use from files, their notes, and what people get for bad input: a sentence. Weights are fresh."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +18,10 @@ from experiments.config import Config, load
 from experiments.export import main as export
 from experiments.films import Request
 from experiments.generate import main
+from experiments.samples import samples
 from lightning_modules.media import read_note, write
 from models.cascade import MakeAVideo
+from models.sampling import SamplingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,16 +88,99 @@ def test_a_film_is_made_again_from_its_file(page: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "frames at a time: D^t 16, upF 80, SR_l^t 76" in out and "GiB" in out
     folder = build.run_folder(load(str(page)), "films")
-    pictures = [path.read_bytes() for path in sorted((folder / "a-fox-4").iterdir())]
-    assert len(pictures) == 76 and (folder / "a-fox-4.png").is_file()
-    for suffix in ("mp4", "webm", "gif", "webp"):
-        note = read_note(folder / f"a-fox-4.{suffix}")
+    assert "a-fox-4-" in out
+    frames = Path(out.splitlines()[0])  # the first of the formats
+    assert frames.parent == folder and re.fullmatch("a-fox-4-[0-9a-f]{6}", frames.name)
+    pictures = [path.read_bytes() for path in sorted(frames.iterdir())]
+    assert len(pictures) == 76
+    for suffix in ("mp4", "webm", "gif", "webp", "png"):  # the last is the contact sheet
+        note = read_note(frames.with_name(f"{frames.name}.{suffix}"))
         assert (note["prompt"], note["seed"], note["cascade"]["decoder"]["steps"]) == ("a fox", 4, 3)
         assert len(note["model"]) == 16 and len(note["config"]) == 8
-    for path in (folder / "a-fox-4").iterdir():
+    for path in frames.iterdir():
         path.write_bytes(b"")
-    main(["again", str(folder / "a-fox-4.webm"), "formats=[png]"])
-    assert [path.read_bytes() for path in sorted((folder / "a-fox-4").iterdir())] == pictures
+    main(["again", f"{frames}.webm", "formats=[png]"])
+    assert [path.read_bytes() for path in sorted(frames.iterdir())] == pictures
+    for word in ("seed=5", "cascade.preset=draft", "prompt=a cat"):
+        with pytest.raises(SystemExit, match=f"made again as it was, so '{word}' cannot be asked"):
+            main(["again", f"{frames}.webm", word])
+
+
+def test_another_process_is_another_model(page: Path, maker: MakeAVideo) -> None:
+    """The same weights under another schedule or prediction, as of a page that was edited, are refused by notes."""
+    for change in ("decoder.diffusion.schedule=linear", "sr_low.diffusion.schedule=linear", "sr_high.size=96"):
+        other = generate.make_cascade(load(str(page), [change]), on_step=lambda *_: None)
+        assert other.digest() != maker.digest(), change
+
+
+def test_films_of_one_name_do_not_overwrite_each_other(config: Config, maker: MakeAVideo, tmp_path: Path) -> None:
+    here = replace(config, runs=str(tmp_path))
+    kinds = ["a fox", "a fox!", "лиса", "狐", "\U0001f98a", "\U0001f319"]
+    paths = [generate.film(here, Request(prompt=prompt, stop="decoded"), maker)[0] for prompt in kinds]
+    assert len({path.name for path in paths}) == 6 and [read_note(path)["prompt"] for path in paths] == kinds
+    words = [path.stem.rsplit("-", 2)[0] for path in paths]
+    assert words == ["a-fox", "a-fox", "лиса", "狐", "film", "film"]
+    settings = replace(maker.config, decoder=SamplingConfig(steps=1))
+    again = MakeAVideo(maker.clip, **maker.stages(), config=settings)
+    assert generate.film(here, Request(prompt="a fox", stop="decoded"), again)[0] not in paths
+    assert generate.film(here, Request(prompt="a fox", stop="decoded"), maker)[0] == paths[0]
+    found = {film.path.name: film.prompt for film in samples(paths[0].parent, [])}
+    assert [found[path.name] for path in paths] == kinds  # as the pages of films read them
+    long = generate.film_name(Request(prompt="\U00020000" * 100, seed=2**48 - 1), {})
+    assert len(f"{long}-512px.webm.part".encode()) < 255
+
+
+def test_inputs_that_have_moved(config: Config, maker: MakeAVideo, files: dict[str, str], tmp_path: Path) -> None:
+    """Are named anew, and known by what they hold."""
+    request = Request("between", inputs=(files["one.png"], files["two.jpg"]))
+    note = films.note(config, replace(request, inputs=(os.path.relpath(files["one.png"]), files["two.jpg"])), maker)
+    assert note["inputs"] == list(request.inputs)  # from any folder
+    moved = tmp_path / "elsewhere.png"
+    shutil.copyfile(files["one.png"], moved)
+    note["inputs"][0] = "/nowhere/one.png"
+    with pytest.raises(FileNotFoundError, match="one.png has moved: name it with IMAGE= or TO=."):
+        films.remake(note, "film.mp4")
+    assert films.remake(note, "film.mp4", [str(moved)])[0].inputs == (str(moved), files["two.jpg"])
+    with pytest.raises(ValueError, match="empty.png is empty"):
+        films.remake(note, "film.mp4", [files["empty.png"]])
+    with pytest.raises(ValueError, match="text.png is not what film.mp4 was made of"):
+        films.remake(note, "film.mp4", [files["text.png"]])
+    uploaded = films.note(config, Request("vary", inputs=(files["film.mp4"],)), maker, uploaded=True)
+    assert uploaded["inputs"] == ["film.mp4"]
+    with pytest.raises(FileNotFoundError, match="film.mp4 was uploaded to the page, which keeps .* with VIDEO=."):
+        films.remake(uploaded, "film.mp4")
+    assert films.remake(uploaded, "film.mp4", [files["film.mp4"]])[0].inputs == (files["film.mp4"],)
+
+
+def test_make_hands_on_what_was_written() -> None:
+    """To the letter: nothing in a sentence or a name is for make or the shell."""
+
+    def said(*words: str) -> list[str]:
+        command = ["make", "-s", "RUN=printf '<%s>'", *words]
+        env = {key: value for key, value in os.environ.items() if key not in ("PROMPT", "FROM", "TO", "IMAGE")}
+        env["CONDA_DEFAULT_ENV"] = "make-a-video"  # where make installs nothing
+        root = Path(__file__).parents[2]
+        out = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+        return out.stdout[1:-1].split("><")[2:]
+
+    evil = """a "fox" costs $5, `exit 1` $(error no) it's # \\ 50%"""
+    assert said("generate", f"PROMPT={evil}", "SEED=3") == ["tiny", "text", evil, "seed=3"]
+    assert said("animate", f"IMAGE={evil}") == ["tiny", "animate", evil]
+    assert said("between", f"IMAGE={evil}", f"TO={evil}") == ["tiny", "between", evil, evil]
+    assert said("vary", f"VIDEO={evil}") == ["tiny", "vary", evil]
+    assert said("edit", "IMAGE=a", f"BEFORE={evil}") == ["tiny", "edit", "a", "", f"before={evil}"]  # which is refused
+    assert said("generate", f"FROM={evil}", "FORMATS=gif") == ["again", evil, "formats=[gif]"]
+    assert said("generate", "FROM=f.mp4", f"TO={evil}", "SEED=1") == ["again", "f.mp4", f"input={evil}", "seed=1"]
+    assert said("generate")[2] == "a 3D emoji of octopus" and said("generate", "PROMPT=")[2] == ""
+
+
+def test_ctrl_c_says_what_is_left(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(config: Config) -> MakeAVideo:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "make_cascade", pressed)
+    with pytest.raises(SystemExit, match="interrupted: this film was not written"):
+        main([str(page), "a fox"])
 
 
 def test_another_model_is_refused(
@@ -107,11 +196,18 @@ def test_another_model_is_refused(
     "change, words",
     [
         ({"make-a-video": 7}, "does not say how it was made"),
-        ({"seed": None}, "another version, or damaged|seed"),
+        ({"seed": None}, r"another version, or damaged \(seed is None"),
+        ({"forward": "x"}, r"another version, or damaged \(forward is 'x'"),
+        ({"inputs": [3]}, "another version, or damaged"),
+        ({"cascade": "x: ["}, "another version, or damaged"),
+        ({"cascade": "x"}, "another version, or damaged"),
+        ({"cascade": [1]}, "another version, or damaged"),
+        ({"cascade": {"frames": 8}}, "is damaged: its settings are not those of its digest"),
+        ({"config": "0" * 8}, "is damaged: its settings are not those of its digest"),
         ({"dtype": "load"}, "another version, or damaged"),
         ({"cascade": {"frames": "many"}}, "another version, or damaged"),
         ({"cascade": {"frames": 0}}, "cascade.frames is 0"),
-        ({"inputs_sha256": []}, "another version, or damaged|shorter"),
+        ({"inputs_sha256": []}, "another version, or damaged"),
         ({"inputs_sha256": ["0" * 64]}, "has changed since film.mp4 was made of it"),
     ],
 )
@@ -135,6 +231,14 @@ def test_notes_that_are_wrong(
         (["text", "a fox", "cascade.frames=0"], "cascade.frames is 0"),
         (["text", "a fox", "cascade.frames=-16"], "cascade.frames is -16"),
         (["text", "a fox", "cascade.preset=best"], "preset 'best' is not one of draft, standard, paper"),
+        (["text", "seed=3"], "'seed=3' stands where the sentence should"),
+        (["seed=3", "stop=low"], "'seed=3' stands where the sentence should"),
+        (["edit", "one.png", "before=a fox"], "'before=a fox' stands where"),
+        (["animate", "cascade.frames=3"], "'cascade.frames=3' stands where a picture should"),
+        (["text", "a fox", "cascade.fps=1e-9"], "cascade.fps is 1e-09: give a rate"),
+        (["text", "a fox", "cascade.sr_low.noise_level=5000"], "cascade.sr_low has .* its diffusion has 1000"),
+        (["text", "a fox", "cascade.decoder.steps=5000"], "cascade.decoder has 5000 steps"),
+        (["text", "a fox", "cascade.decoder.guidance=nan"], "cascade.decoder.guidance is nan"),
         (["text", "a fox", "and more"], "not of the form key=value"),
         (["animate"], "animate takes a picture, not 0 files"),
         (["animate", ""], "no file was named"),

@@ -104,3 +104,29 @@ def test_the_presentation_copy_is_antialiased() -> None:
     ramp = torch.linspace(-0.9, 0.9, 96).expand(3, 2, 96, 96)
     expected = ramp.unflatten(-1, (32, 3)).mean(-1)[..., :32, :]
     assert (presented(ramp, 32)[..., 4:-4] - expected[..., 4:-4]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("fps, shown", [(50.0, 12), (60.0, 10), (100.0, 6), (2000.0, 1)])
+def test_a_fast_gif_keeps_its_time(tmp_path: Path, clip: torch.Tensor, fps: float, shown: int) -> None:
+    """Programs show no frame for less than two hundredths of a second, so some are left out."""
+    frames, seconds, _ = frames_of(write(tmp_path / "film", clip, fps, "gif"))
+    assert len(frames) == shown and seconds == pytest.approx(12 / fps, abs=0.01)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_cannot_be_written_leaves_the_old(
+    tmp_path: Path, clip: torch.Tensor, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "film", clip, 6.0, form, NOTE)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    written = []
+
+    def full(path: Path) -> None:
+        written.append(path)
+        if len(written) > 2 or form != "png":
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning_modules.whole.flush", full)
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path / "film", -clip, 6.0, form, NOTE)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before and path.exists()

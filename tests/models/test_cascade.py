@@ -1,13 +1,17 @@
 """The cascade with small random networks: what each arrow keeps, and that a sample is its seed alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from models.cascade import SamplingConfig, stream
+from models.cascade import MakeAVideo, SamplingConfig, stream
 from models.clip import scaled
 from models.samplers import SAMPLERS
 from models.stages import windows
+from models.unet import UNet
+from tests.models.conftest import UPSAMPLER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,6 +251,24 @@ def test_sr_low_in_tiles(cascade, keyframes, tile):
     assert cascade.most_frames["sr_low"] == min(16, tile + 4)
 
 
+def test_the_frames_at_a_time_are_all_where_a_level_reads_all(cascade, keyframes):
+    """Attention over time is not run in tiles, and the number that is printed says so."""
+    cascade.config.tile = 1
+    cascade.sr_low.net = UNet(replace(UPSAMPLER, attention=[2]), temporal=True)
+    cascade.upsample_low(keyframes[:1], 30.0, SEEDS[:1])
+    assert cascade.most_frames["sr_low"] == 16
+
+
+def test_more_noise_than_the_process_has_is_refused(cascade, keyframes):
+    for settings, words in ((SamplingConfig("ddim", 1, noise_level=1000), "noise_level 1000"),
+                            (SamplingConfig("ddim", 1001), "1001 steps")):  # fmt: skip
+        cascade.config.sr_low = settings
+        with pytest.raises(ValueError, match=f"cascade.sr_low has .*{words}.* its diffusion has 1000"):
+            cascade.upsample_low(keyframes, 30.0, SEEDS)
+        with pytest.raises(ValueError, match="cascade.sr_low has"):
+            MakeAVideo(cascade.clip, **cascade.stages(), config=cascade.config)
+
+
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_both_halves_of_guidance_at_once(cascade, monkeypatch, name):
     """In one call of twice the batch, as on a GPU: the same to rounding."""
@@ -279,6 +301,28 @@ def test_frames_that_share_their_first_noise(cascade, kind, wanted):
     assert (first * last).mean() / first.square().mean() == pytest.approx(wanted, abs=0.12)
     assert not torch.allclose(seen[0][0], seen[0][1], atol=0.5)
     close(both[:1], cascade.decode(torch.ones(1, 16), 6.0, [1]))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "progressive"])
+def test_noise_that_frames_share_is_the_same_in_any_windows_and_chunks(cascade, keyframes, kind):
+    """It is made for the whole film, so windows have the noise of the frame they share; SR_h's is shared as it is."""
+    seen = []
+    cascade.config.interpolation = SamplingConfig("ddim", 1, noise=kind, alpha=2.0)
+    cascade.interpolation.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    clip, embedding = keyframes[:1], torch.randn(1, 16)
+    together = cascade.interpolate(clip, embedding, 6.0, SEEDS[:1])
+    noise = seen[0]
+    assert len(noise) == 5 and torch.equal(noise[:-1, :, -1], noise[1:, :, 0])
+    for n in (1, 2):
+        cascade.config.windows = n
+        close(cascade.interpolate(clip, embedding, 6.0, SEEDS[:1]), together)
+    cascade.config.sr_high = SamplingConfig("ddim", 1, noise_level=200, noise=kind, alpha=2.0)
+    seen.clear()
+    cascade.sr_high.net.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    whole = cascade.upsample_high(keyframes[:, :, :5], SEEDS)
+    assert seen[0].std() == pytest.approx(1.0, abs=0.1) and torch.equal(seen[0], seen[0][:, :, :1].expand_as(seen[0]))
+    cascade.config.chunk = 2
+    close(cascade.upsample_high(keyframes[:, :, :5], SEEDS), whole)
 
 
 @pytest.mark.parametrize("frames", [0, -1, 10**6])

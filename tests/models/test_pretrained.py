@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.cascade import MakeAVideo
+from models.clip import Clip, build_clip
+from models.diffusion import Diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,6 +76,8 @@ for name in ("lightning", "pytorch_lightning", "omegaconf", "wandb", "experiment
     sys.modules[name] = None
 torch.set_num_threads(1)
 from models.cascade import MakeAVideo
+from models.clip import Clip, build_clip
+from models.diffusion import Diffusion
 
 maker = MakeAVideo.from_pretrained({str(folder)!r})
 torch.save(maker.text_to_video({PROMPTS}, {SEEDS}, "decoded").decoded, {str(folder / "film.pt")!r})
@@ -99,8 +104,53 @@ def test_damage_is_named(folder, tmp_path):
     refused("lacks .*decoder.safetensors", FileNotFoundError)
     path.write_bytes(sound)
     page = json.loads((folder / "config.json").read_text())
-    for change in ({"format": 2}, {"stages": {}}, {"cascade": {"frames": 0}}):
+    for change in ({"format": 1}, {"stages": {}}, {"cascade": {"frames": 0}}):
         (folder / "config.json").write_text(json.dumps(page | change))
         refused("config.json is not the page of a model")
     (folder / "config.json").write_text("{")
     refused("config.json is not the page of a model")
+
+
+def test_the_digest_is_of_shapes_and_processes_too(cascade, folder):
+    """The same weights under another schedule make another film; what matters in training alone does not."""
+    known = cascade.digest()
+
+    def changed(**values):
+        cascade.weights_digest, process = "", cascade.sr_low.diffusion
+        cascade.sr_low.diffusion = Diffusion(replace(process.config, **values))
+        found, cascade.sr_low.diffusion = cascade.digest(), process
+        return found
+
+    for values in ({"schedule": "linear"}, {"prediction": "v"}, {"zero_terminal_snr": True}):
+        assert changed(**values) != known
+    assert changed(min_snr_gamma=5.0) == changed() == known
+    page = json.loads((folder / "config.json").read_text())
+    page["stages"]["decoder"]["diffusion"]["prediction"] = "v"
+    (folder / "config.json").write_text(json.dumps(page))
+    with pytest.raises(ValueError, match="config.json is not the page .* edited since it was written"):
+        MakeAVideo.from_pretrained(str(folder))
+
+
+def test_a_named_clip_keeps_its_colours(cascade, tmp_path, monkeypatch):
+    """open_clip knows mean and deviation of a name with its pretrained weights alone."""
+    cascade.clip = Clip(cascade.clip.model, "RN/some", config=replace(cascade.clip.config, name="RN"))
+    cascade.clip.mean = torch.full((3,), 0.5)
+    cascade.save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="config.json is not the page of a model"):  # no such name
+        MakeAVideo.from_pretrained(str(tmp_path / "model"))
+    monkeypatch.setattr("models.pretrained.open_clip.create_model", lambda name: build_clip(cascade.clip.config))
+    monkeypatch.setattr("models.pretrained.open_clip.get_tokenizer", lambda name: cascade.clip.tokenizer)
+    again = MakeAVideo.from_pretrained(str(tmp_path / "model"))
+    assert again.clip.mean.tolist() == [0.5] * 3 and again.digest() == cascade.digest()
+
+
+def test_what_was_there_stays_until_all_is_written(cascade, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("models.pretrained.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        cascade.save_pretrained(str(folder), half=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -33,6 +33,11 @@ def test_presets_rise_in_cost_and_standard_is_a_tenth():
     [
         ({"preset": "best"}, "cascade.preset 'best' is not one of draft, standard, paper"),
         ({"decoder": SamplingConfig("euler")}, "cascade.decoder.sampler 'euler' is not one of ddpm, ddim, dpmpp_2m"),
+        ({"decoder": SamplingConfig(steps=-1)}, "cascade.decoder.steps is -1: give at least 1, or 0"),
+        ({"prior": SamplingConfig(guidance=float("inf"))}, "cascade.prior.guidance is inf"),
+        ({"prior": SamplingConfig(rescale=1.5)}, "cascade.prior.rescale is 1.5: give a share, 0 ... 1"),
+        ({"sr_low": SamplingConfig(noise_level=-2)}, "cascade.sr_low.noise_level is -2"),
+        ({"sr_low": SamplingConfig(alpha=-1)}, "cascade.sr_low.alpha is -1"),
         ({"decoder": SamplingConfig(noise="same")}, "noise 'same' is not one of independent, mixed, progressive"),
     ],
 )
@@ -49,6 +54,7 @@ def test_what_there_is_not_is_named(wrong, words):
         ({"frames": 10**9}, "too many"),
         ({"skip": 0}, "cascade.skip is 0"),
         ({"fps": 0.0}, "cascade.fps is 0.0"),
+        ({"fps": 0.01}, "cascade.fps is 0.01: give a rate in frames per second, 0.1 ... 1000"),
         ({"fps": float("nan")}, "cascade.fps is nan"),
         ({"chunk": 0}, "cascade.chunk is 0"),
         ({"tile": -1}, "cascade.tile is -1"),

@@ -1,5 +1,7 @@
 """What else the cascade makes: given frames come back exactly, and the condition is what it should be."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -144,7 +146,10 @@ def test_slerp():
     for weight, end in ((0.0, a), (1.0, b)):
         torch.testing.assert_close(uses.slerp(a, b, weight), end)
     torch.testing.assert_close(uses.slerp(a, a, 0.3), a)
-    assert uses.slerp(a, -a, 0.5).isfinite().all()
+    for weight in (0.0, 0.25, 0.5, 1.0):  # between opposites a half circle, by any way
+        way = uses.slerp(a, -a, weight)
+        torch.testing.assert_close(way.norm(dim=-1), torch.tensor([2.0]))
+        assert float((way * a).sum()) == pytest.approx(4 * math.cos(math.pi * weight), abs=1e-5)
     with pytest.raises(ValueError, match="0 ... 1, not 1.5"):
         uses.slerp(a, b, 1.5)
 
@@ -152,3 +157,33 @@ def test_slerp():
 def test_pictures_must_be_square(maker):
     with pytest.raises(ValueError, match="square, not 12 x 8"):
         uses.animate(maker, torch.zeros(1, 3, 8, 12, dtype=torch.uint8), [1])
+
+
+USES = {
+    "animate": lambda maker, of, seeds, stop: uses.animate(maker, of(pictures(2)), seeds, stop),
+    "between": lambda maker, of, seeds, stop: uses.between(maker, of(pictures(2)), of(pictures(2)), seeds, 0.5, stop),
+    "extend": lambda maker, of, seeds, stop: uses.extend(maker, of(clips(2, 9)), 5.0, seeds, 1, 1, stop),
+    "vary": lambda maker, of, seeds, stop: uses.vary(maker, of(clips(2, 3)), seeds, stop),
+    "edit": lambda maker, of, seeds, stop: uses.from_embedding(
+        maker, uses.edit(maker, uses.picture_embedding(maker, of(pictures(2))), "a fox", "a cat"), seeds, stop
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_sample_does_not_depend_on_its_batch(maker, use):
+    def made(rows, seeds, stop="low"):
+        torch.manual_seed(2)
+        return USES[use](maker, lambda inputs: inputs[rows], seeds, stop)
+
+    both, alone = made(slice(None), [4, 5]), made(slice(1, None), [5])
+    for name in ("embedding", "decoded", "interpolated", "low"):
+        torch.testing.assert_close(getattr(both, name)[1:], getattr(alone, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_wrong_stop_is_refused_before_anything_is_sampled(maker, use, monkeypatch):
+    monkeypatch.setattr(maker, "sample", lambda *_: pytest.fail("sampled"))
+    for stop in ("end", "embedding"):
+        with pytest.raises(ValueError, match=f"no stage '{stop}' to stop after"):
+            USES[use](maker, lambda inputs: inputs, [4, 5], stop)
