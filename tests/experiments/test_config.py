@@ -178,6 +178,6 @@ def test_a_preset_on_the_command_line_wins_over_the_page(size: str, tmp_path: Pa
         own, draft = load(where), load(where, ["cascade.sr_high.steps=9", "cascade.preset=draft"], "generate")
         for stage in STAGES:
             found, before = draft.cascade.sampling(stage), own.cascade.sampling(stage)
-            sampler, steps = PRESETS["draft"][stage]
-            assert (found.sampler, found.steps) == (sampler, 9 if stage == "sr_high" else steps)
+            sampler, steps, bend = PRESETS["draft"][stage]
+            assert (found.sampler, found.steps, found.bend) == (sampler, 9 if stage == "sr_high" else steps, bend)
             assert (found.guidance, found.noise_level) == (before.guidance, before.noise_level)

@@ -61,8 +61,8 @@ def test_measured_once(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_what_a_number_depends_on_is_in_the_name_of_its_file(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other settings are measured anew; the page's are kept where a point does not name them, and left as they were."""
     monkeypatch.setattr(curve, "FrechetVideoDistance", Means)
-    monkeypatch.setattr(curve, "POINTS", {"ddim": (1, 2)})
-    monkeypatch.setitem(curve.PRESETS["standard"], "decoder", ("ddim", 1))
+    monkeypatch.setattr(curve, "POINTS", {"ddim": ("ddim", 1.0, (1, 2))})
+    monkeypatch.setitem(curve.PRESETS["standard"], "decoder", ("ddim", 1, 1.0))
     seen = []
 
     def made(config: Config) -> MakeAVideo:
@@ -79,7 +79,7 @@ def test_what_a_number_depends_on_is_in_the_name_of_its_file(page: Path, monkeyp
         before = asdict(config.cascade)
         curve.curve(config)
         assert len(seen) == 2 and asdict(config.cascade) == before, change
-        wanted = replace(config.cascade.decoder, sampler="ddim", steps=1)
+        wanted = replace(config.cascade.decoder, sampler="ddim", steps=1, bend=1.0)
         assert seen[0] == wanted
         seen.clear()
     curve.curve(load(str(page), [*always, "cascade.frames=3", changes[-1]]))

@@ -146,7 +146,7 @@ def rank(number: int, world: int, port: int, config: Config, folder: Path, kille
         return np.ascontiguousarray(frame)
 
     if killed_at:
-        sampling.np = SimpleNamespace(ascontiguousarray=dying)  # type: ignore[assignment]
+        sampling.np = SimpleNamespace(ascontiguousarray=dying, random=np.random, uint64=np.uint64)  # type: ignore[assignment]
     settings = replace(config.evaluate, devices=str(world), accelerator="cpu")
     generate(replace(config, evaluate=settings), "decoded", PROMPTS, folder)
 

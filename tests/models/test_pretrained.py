@@ -138,7 +138,7 @@ def test_a_named_clip_keeps_its_colours(cascade, tmp_path, monkeypatch):
     cascade.save_pretrained(str(tmp_path / "model"))
     with pytest.raises(ValueError, match="config.json is not the page of a model"):  # no such name
         MakeAVideo.from_pretrained(str(tmp_path / "model"))
-    monkeypatch.setattr("models.pretrained.open_clip.create_model", lambda name: build_clip(cascade.clip.config))
+    monkeypatch.setattr("models.pretrained.open_clip.create_model", lambda name, **_: build_clip(cascade.clip.config))
     monkeypatch.setattr("models.pretrained.open_clip.get_tokenizer", lambda name: cascade.clip.tokenizer)
     again = MakeAVideo.from_pretrained(str(tmp_path / "model"))
     assert again.clip.mean.tolist() == [0.5] * 3 and again.digest() == cascade.digest()
