@@ -3,9 +3,12 @@
 import csv
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partialmethod
 from multiprocessing.connection import Connection
@@ -38,34 +41,60 @@ def rank(number: int, port: int, jobs: Connection) -> None:
             jobs.send(traceback.format_exc())
 
 
+class Pair:
+    """Two processes that wait for work."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["experiments.train"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for number in range(2):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=rank, args=(number, port, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+            self.pipes.append(ours)
+
+    def do(self, config: Config, stage: str) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((config, stage))
+        return [pipe.recv() if pipe.poll(100) else "a process hangs" for pipe in self.pipes]
+
+    def end(self) -> list[int | None]:
+        """The exit codes."""
+        for pipe in self.pipes:
+            with suppress(BrokenPipeError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+        return [process.exitcode for process in self.processes]
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[Callable[[Config, str], dict[str, Any]]]:
     """two(config, stage): `train` in two processes; the result of rank 0."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.train"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, processes = [], []
-    for number in range(2):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=rank, args=(number, port, theirs), daemon=True))
-        processes[-1].start()
-        pipes.append(ours)
+    pair = Pair()
 
     def do(config: Config, stage: str) -> dict[str, Any]:
-        for pipe in pipes:
-            pipe.send((config, stage))
-        results = [pipe.recv() if pipe.poll(100) else "a process hangs" for pipe in pipes]
+        nonlocal pair
+        try:
+            results = pair.do(config, stage)
+        except (EOFError, BrokenPipeError):
+            codes = pair.end()
+            # torch's gloo thread has been seen to crash (pt_gloo_runloop in libc10); training goes on where it was
+            assert -signal.SIGSEGV in codes, codes
+            warnings.warn("a process crashed in native code and was started again", stacklevel=2)
+            pair = Pair()
+            results = pair.do(config, stage)
         assert all(isinstance(result, dict) for result in results), results
         return results[0]
 
     yield do
-    for pipe in pipes:
-        pipe.send(None)
-    for process in processes:
-        process.join(5)
-        process.kill()
+    pair.end()
 
 
 def recipe(config: Config, stage: str, strategy: str, runs: Path, batch: int = 4, **options: Any) -> Config:
