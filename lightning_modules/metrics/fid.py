@@ -58,6 +58,7 @@ class FrameMetric(VideoMetric):
     """
 
     higher_is_better = False
+    least = 0.0
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from lightning_modules.metrics.i3d import I3DMetric
 class FrechetVideoDistance(I3DMetric):
     """FVD of generated clips against real ones; lower is better. "fvd" with the published weights, see `I3DMetric`."""
 
-    measure, kind = "fvd", "frechet"
+    measure, kind, least = "fvd", "frechet", 0.0
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar; ValueError where there are fewer than two clips of a kind."""

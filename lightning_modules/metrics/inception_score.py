@@ -64,6 +64,7 @@ class VideoInceptionScore(VideoMetric):
 
     kinds = ("fake",)
     higher_is_better = True
+    least = 1.0
 
     fake: list[Tensor]
     n_fake: Tensor

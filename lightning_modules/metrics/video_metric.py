@@ -1,5 +1,6 @@
 """What all measures of videos share: input that is checked, states that gather, and what stands beside a number."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,7 @@ class VideoMetric(Metric):
     is_differentiable = False
     full_state_update = False
     kinds: tuple[str, ...] = ("real", "fake")
+    least = -math.inf  # that the value can be: an interval does not go below
     name: str
 
     def __init__(self) -> None:
@@ -156,7 +158,8 @@ class VideoMetric(Metric):
         """
         with self.gathered():
             value, influences = self.influences()
-            return bootstrap(float(value), influences, level, resamples, seed)
+            low, high = bootstrap(float(value), influences, level, resamples, seed)
+            return max(self.least, low), high
 
     def details(self) -> dict[str, Any]:
         """What a subclass prints beyond the clips."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_modules.metrics import FrechetVideoDistance
 from lightning_modules.metrics.distances import (
     Moments,
     frechet_distance,
@@ -186,3 +187,12 @@ def test_intervals_are_not_narrow_when_clips_are_fewer_than_features():
 def test_a_level_is_a_share():
     with pytest.raises(ValueError, match="between 0 and 1, and it is 95"):
         bootstrap(1.0, [torch.ones(4)], 95, 10, 0)
+
+
+def test_an_interval_does_not_go_below_what_a_distance_can_be():
+    clips = torch.randint(0, 256, (3, 3, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    metric = FrechetVideoDistance()
+    metric.update(clips, real=True)
+    metric.update(clips.flip(0), real=False)  # equal sets: the distance is 0
+    low, high = metric.interval()
+    assert low == 0 <= high
