@@ -28,7 +28,7 @@ from experiments.films import Request
 from experiments.generate import NETWORKS, make_cascade, write_film
 from lightning_modules.media import to_uint8
 from models.cascade import Film, MakeAVideo
-from models.sampling import PRESETS, STAGES, CascadeConfig
+from models.sampling import OF_PRESET, PRESETS, STAGES, CascadeConfig
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def sampled(settings: CascadeConfig, preset: str) -> CascadeConfig:
     """The settings with the samplers and steps of a preset, or as they are."""
     if preset == OWN:
         return settings
-    stages = {stage: replace(getattr(settings, stage), sampler="", steps=0, bend=0.0) for stage in STAGES}
+    stages = {stage: replace(getattr(settings, stage), **OF_PRESET) for stage in STAGES}
     return replace(settings, preset=preset, **stages)  # type: ignore[arg-type]
 
 

@@ -89,16 +89,8 @@ def call_inputs(config: Config, stage: str, net: nn.Module) -> dict[str, Any]:
     dense = (cascade.frames - 1) * cascade.skip + 1
     frames = {"decoder": cascade.frames, "interpolation": cascade.window, "sr_low": dense, "sr_high": cascade.chunk}
     x = torch.zeros(rows, 3, frames[stage], size_of(config, stage), size_of(config, stage))
-    given: dict[str, Any] = {"x": x, "t": t}
     assert isinstance(net, UNet)
-    if net.config.embedding_width:
-        given["embedding"] = torch.zeros(rows, width)
-    if net.config.low_res:
-        given |= {"low_res": x, "noise_level": torch.zeros(rows)}
-    if net.temporal:
-        given["fps"] = torch.ones(rows)
-    if net.masked:
-        given["given"] = torch.zeros(rows, 4, *x.shape[2:])
+    given: dict[str, Any] = {"x": x, "t": t, **memory.conditions(net, x, width)}
     if stage == "sr_low":
         given["tile"] = cascade.tile
     return given

@@ -58,6 +58,11 @@ def folder_task(config: Config, need_prompts: bool = True, need_clips: bool = Tr
 
 def names(root: str, template: str = "{}") -> list[str]:
     """Prompts from the names of clips in the CSV of their folder, in its order."""
+    return [prompted(template, row["name"]) for row in named_rows(root)]
+
+
+def named_rows(root: str) -> list[dict[str, str]]:
+    """The rows with a name in the CSV of a folder of clips, in its order."""
     path = Path(root)
     tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.suffix == ".csv" else []
     if not tables or not tables[0].is_file():
@@ -65,10 +70,10 @@ def names(root: str, template: str = "{}") -> list[str]:
             f"there is no CSV with the clips' names in '{root}': name prompts, evaluate.prompts=file."
         )
     with tables[0].open(newline="", encoding="utf-8") as file:
-        found = [row["name"] for row in csv.DictReader(file) if row.get("name")]
+        found = [row for row in csv.DictReader(file) if row.get("name")]
     if not found:
         raise ValueError(f"{tables[0]} has no names, so there is nothing to prompt with.")
-    return [prompted(template, name) for name in found]
+    return found
 
 
 def prompted(template: str, name: str) -> str:

@@ -13,10 +13,8 @@ that no stage has seen in any form (`data.filters.without`). The table goes to `
 JSON.
 """
 
-import csv
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +24,12 @@ from tqdm import tqdm
 from datamodules.filters import read_names
 from datamodules.video_sources import Clip, list_clips
 from experiments import build
+from experiments.benchmarks import named_rows, prompted
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
 from experiments.scores import metric, real_clips
-from lightning_modules.media import to_uint8
+from lightning_modules.media import as_bytes
 from lightning_modules.metrics import CLIPSIM, FrechetVideoDistance, frechet_distance
 from lightning_modules.metrics.motion import Motion
 from lightning_modules.whole import whole
@@ -43,14 +42,9 @@ TRAINED, NEVER_MOVED, UNSEEN = "trained on", "still seen, never its motion", "ne
 
 def named_clips(config: Config) -> list[tuple[Clip, str]]:
     """The clips of a WebVid folder with their names, of which training reads none."""
-    folder = Path(config.data.clips)
-    tables = sorted(folder.glob("*.csv"))
-    if not tables:
-        raise FileNotFoundError(f"there is no CSV with the clips' names in '{folder}' (data.clips).")
-    with tables[0].open(newline="", encoding="utf-8") as file:
-        names = {row["videoid"]: row.get("name", "") for row in csv.DictReader(file)}
-    clips, _ = list_clips(folder)
-    return [(clip, names[clip.key]) for clip in clips if names.get(clip.key)]
+    names = {row["videoid"]: row["name"] for row in named_rows(config.data.clips)}
+    clips, _ = list_clips(config.data.clips)
+    return [(clip, names[clip.key]) for clip in clips if clip.key in names]
 
 
 def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
@@ -84,15 +78,13 @@ def made(maker: MakeAVideo, began: Stage, config: Config, names: list[str], firs
     """
     seeds = [config.seed + first + i for i in range(len(names))]
     frames, fps = config.cascade.frames, config.cascade.fps
-    embedding = maker.embed([config.evaluate.prompt.format(name) for name in names], seeds)
+    embedding = maker.embed([prompted(config.evaluate.prompt, name) for name in names], seeds)
     clips = {OURS: maker.decode(embedding, fps, seeds)}
     trained, maker.decoder = maker.decoder, began
     clips[BEFORE] = maker.decode(embedding, fps, seeds)
     maker.decoder = trained
     clips[STILL] = clips[BEFORE][:, :, :1].expand(-1, -1, frames, -1, -1)
-    return {
-        kind: torch.from_numpy(to_uint8(clip.transpose(0, 1))).permute(0, 4, 1, 2, 3) for kind, clip in clips.items()
-    }
+    return {kind: as_bytes(clip) for kind, clip in clips.items()}
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -110,12 +102,12 @@ def compare(config: Config) -> dict[str, Any]:
         clips, names = [clip for clip, _ in some], [name for _, name in some]
         rows = {kind: Row(fvd, maker) for kind in (REAL, OURS, BEFORE, STILL)}
         for videos, numbers in real_clips(config, clips):
-            rows[REAL].add(videos, [config.evaluate.prompt.format(names[k]) for k in numbers])
+            rows[REAL].add(videos, [prompted(config.evaluate.prompt, names[k]) for k in numbers])
         size = config.evaluate.batch_size
         for first in tqdm(range(0, len(names), size), desc=concept, file=sys.stderr):
             part = names[first : first + size]
             for kind, videos in made(maker, began, config, part, first).items():
-                rows[kind].add(videos, [config.evaluate.prompt.format(name) for name in part])
+                rows[kind].add(videos, [prompted(config.evaluate.prompt, name) for name in part])
         result["concepts"][concept] = {
             "n": len(names), "names": names, "rows": {kind: row.scores(rows[REAL]) for kind, row in rows.items()}
         }  # fmt: skip

@@ -22,7 +22,7 @@ from models.cascade import CascadeConfig
 from models.clip import ClipConfig
 from models.diffusion import DiffusionConfig
 from models.prior import PriorConfig
-from models.sampling import STAGES
+from models.sampling import OF_PRESET, STAGES
 from models.unet import UNetConfig
 
 PAGES = Path(__file__).parent
@@ -235,7 +235,7 @@ def load(size: str, overrides: list[str] | None = None, section: str = "") -> Co
     merged.size, merged.page = Path(size).stem, size
     if any(override.startswith("cascade.preset=") for override in overrides or []):
         for stage in STAGES:  # a preset that is asked for wins over samplers and steps of the page
-            merged.cascade[stage].sampler, merged.cascade[stage].steps, merged.cascade[stage].bend = "", 0, 0.0
+            merged.cascade[stage].update(OF_PRESET)
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals:

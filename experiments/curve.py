@@ -5,7 +5,6 @@ with the same prompts, embeddings and noise for all. Writes `<runs>/<size>/curve
 so that an interrupted command goes on, `curve.json` and `curve.svg`.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -24,7 +23,9 @@ from experiments.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Points, 
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
+from experiments.sampling import short
 from experiments.scores import real_clips
+from lightning_modules.media import as_bytes
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
 from models.sampling import PRESETS
@@ -53,7 +54,7 @@ def curve(config: Config) -> dict[str, Any]:
     task = folder_task(config)
     texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
     cascade, own = maker.config, maker.config.decoder  # each point has its own sampler and steps, and the page's rest
-    run = digest([maker.digest(), str(maker.dtype), fvd.name, getattr(fvd, "digest", None), config.seed, fps, texts,
+    run = short([maker.digest(), str(maker.dtype), fvd.name, getattr(fvd, "digest", None), config.seed, fps, texts,
                   [clip.name for clip in clips], cascade.frames, cascade.candidates, asdict(cascade.sampling("prior")),
                   task.real])  # fmt: skip
     seeds = [config.seed + k for k in range(len(texts))]
@@ -68,8 +69,7 @@ def curve(config: Config) -> dict[str, Any]:
         return load_file(path)["values"]
 
     def features(part: slice) -> Tensor:
-        clips = maker.decode(embeddings[part], fps, seeds[part])
-        return fvd.features(((clips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        return fvd.features(as_bytes(maker.decode(embeddings[part], fps, seeds[part])))
 
     embeddings = kept("embeddings", lambda: maker.embed(texts, seeds)).to(maker.device)
     real = kept("real", lambda: torch.cat([fvd.features(clip) for clip, _ in real_clips(config, clips)]))
@@ -77,7 +77,7 @@ def curve(config: Config) -> dict[str, Any]:
     for curve, (sampler, bend, counts) in POINTS.items():
         for steps in counts:
             maker.config = replace(cascade, decoder=replace(own, sampler=sampler, steps=steps, bend=bend))
-            name = f"{sampler}-{steps}-{digest([own.guidance, own.rescale, own.noise, own.alpha, bend])}"
+            name = f"{sampler}-{steps}-{short([own.guidance, own.rescale, own.noise, own.alpha, bend])}"
             made = [kept(f"{name}-{part.start}-{part.stop}", partial(features, part)) for part in parts]
             distances[curve][steps] = float(frechet_distance(real, torch.cat(made)))
             print(f"{curve:<20} {steps:>4} steps  {fvd.name} {distances[curve][steps]:.4f}", flush=True)
@@ -94,11 +94,6 @@ def curve(config: Config) -> dict[str, Any]:
     (folder / "curve.json").write_text(json.dumps(result, indent=2))
     (folder / "curve.svg").write_text(plot(distances, fvd.name, len(texts)))
     return result
-
-
-def digest(values: list[Any]) -> str:
-    """Twelve hex digits of all that a number depends on, for the name of its file."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
 def plot(distances: dict[str, dict[int, float]], metric: str, samples: int) -> str:

@@ -355,7 +355,12 @@ def inputs(config: Config, stage: str, net: nn.Module, batch: int) -> dict[str, 
         batch, frames = batch * frames, 1
     side = build.super_resolution(config, stage).crop if stage.startswith("sr_") else config.decoder.size
     x = torch.zeros(batch, 3, frames, side, side)
-    given: dict[str, Tensor] = {"x": x, "t": torch.zeros(batch)}
+    return {"x": x, "t": torch.zeros(batch), **conditions(net, x, width)}
+
+
+def conditions(net: UNet, x: Tensor, width: int) -> dict[str, Tensor]:
+    """Conditions of a U-Net for clips like x, `b 3 f h w`, with embeddings of `width`: their shapes are what counts."""
+    batch, given = len(x), dict[str, Tensor]()
     if net.config.embedding_width:
         given["embedding"] = torch.zeros(batch, width)
     if net.config.low_res:
@@ -363,7 +368,7 @@ def inputs(config: Config, stage: str, net: nn.Module, batch: int) -> dict[str, 
     if net.temporal:
         given["fps"] = torch.ones(batch)
     if net.masked:
-        given["given"] = torch.zeros(batch, 4, frames, side, side)
+        given["given"] = torch.zeros(batch, 4, *x.shape[2:])
     return given
 
 

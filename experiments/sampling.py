@@ -30,6 +30,7 @@ from experiments import build
 from experiments.config import Config
 from experiments.generate import make_cascade
 from lightning_modules import parallel
+from lightning_modules.media import as_bytes
 from lightning_modules.metrics.weights import sha256_of
 from lightning_modules.whole import whole
 from models.cascade import MakeAVideo
@@ -58,7 +59,7 @@ def clips_of(config: Config, maker: MakeAVideo, output: str, texts: list[str], s
     if output == "high":
         clip = maker.upsample_high(clip, seeds)
     clip = clip[:, :, : config.cascade.frames]  # as many frames from every stage: real clips are short
-    return ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return as_bytes(clip)
 
 
 def rate(config: Config, output: str) -> float:

@@ -35,10 +35,14 @@ def strip(pictures: Tensor) -> Tensor:
     return rearrange(pictures, "b c h w -> c h (b w)")
 
 
+def as_bytes(pixels: Tensor) -> Tensor:
+    """[-1, 1] to uint8, of any shape."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_uint8(picture: Tensor) -> np.ndarray:
     """[-1, 1] `3 ... h w` to uint8 `... h w 3`."""
-    values = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return np.ascontiguousarray(values.movedim(0, -1).numpy())
+    return np.ascontiguousarray(as_bytes(picture).cpu().movedim(0, -1).numpy())
 
 
 def presented(clip: Tensor, side: int) -> Tensor:

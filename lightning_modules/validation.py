@@ -7,6 +7,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_modules.callbacks import EMA, Samples
+from lightning_modules.media import as_bytes
 from lightning_modules.metrics.clipsim import CLIPSIM, ImageTextEncoder
 from lightning_modules.metrics.fvd import FrechetVideoDistance
 
@@ -66,4 +67,4 @@ class Validation(Samples):
 def as_clips(pictures: Tensor) -> Tensor:
     """[-1, 1] `b 3 h w` or `b 3 f h w` to uint8 `b 3 f h w`."""
     clips = pictures.unsqueeze(2) if pictures.ndim == 4 else pictures
-    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return as_bytes(clips)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ PRESETS: dict[str, dict[str, tuple[str, int, float]]] = {
         "sr_high": ("ddim", 15, 1.0),
     },
 }
+
+
+# What of a stage's settings leaves them to the preset.
+OF_PRESET: dict[str, Any] = {"sampler": "", "steps": 0, "bend": 0.0}
 
 
 @dataclass

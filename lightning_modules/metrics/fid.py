@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.metrics.distances import Moments, frechet_of_moments, moment_influences
 from lightning_modules.metrics.video_metric import CLIP_RESIZE, VideoMetric, check_videos, exact
-from lightning_modules.metrics.weights import RANDOM, load_dict, located
+from lightning_modules.metrics.weights import load_dict, located, need_file, told
 from models.inception import SIDE, WIDTH, Inception, random_inception
 
 # pt_inception-2015-12-05-6726825d.pth of mseitzer/pytorch-fid, which torch-fidelity carries under another name.
@@ -154,8 +154,7 @@ class FrechetInceptionDistance(FrameMetric):
         super().__init__(WIDTH)
         if resize not in RESIZE:
             raise ValueError(f"The resize '{resize}' is not one of {', '.join(RESIZE)}.")
-        if weights is None and sha256 is not None:
-            raise ValueError("A SHA-256 was given without the weight file it belongs to.")
+        need_file(weights, sha256)
         self.digest: str | None = None
         if weights is None:
             network = random_inception()
@@ -172,8 +171,7 @@ class FrechetInceptionDistance(FrameMetric):
         return torch.cat([net(prepare(part, self.resize)) for part in frames.split(self.chunk)])
 
     def details(self) -> dict[str, Any]:
-        weights = RANDOM if self.digest is None else f"sha256:{self.digest}"
-        return {"resize": RESIZE[self.resize], "weights": weights}
+        return {"resize": RESIZE[self.resize], "weights": told(self.digest)}
 
 
 class ImageEncoder(Protocol):

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_modules.metrics.video_metric import VideoMetric, check_videos, exact
-from lightning_modules.metrics.weights import RANDOM, load_dict, located
+from lightning_modules.metrics.weights import load_dict, located, need_file, told
 from models.i3d import I3D, SHORTEST_CLIP, convert_keys, fold_batch_norm, is_hassony2, random_i3d
 
 SIDE = 224
@@ -141,8 +141,7 @@ class I3DMetric(VideoMetric):
         super().__init__()
         if resize not in RESIZE:
             raise ValueError(f"The resize '{resize}' is not one of {', '.join(RESIZE)}.")
-        if weights is None and sha256 is not None:
-            raise ValueError("A SHA-256 was given without the weight file it belongs to.")
+        need_file(weights, sha256)
         if rgb_imagenet and weights is None:
             raise ValueError("rgb_imagenet needs the path of that file.")
         network: nn.Module
@@ -185,5 +184,4 @@ class I3DMetric(VideoMetric):
         return torch.cat(logits)
 
     def details(self) -> dict[str, Any]:
-        weights = RANDOM if self.digest is None else f"sha256:{self.digest}"
-        return {"resize": RESIZE[self.resize], "weights": weights}
+        return {"resize": RESIZE[self.resize], "weights": told(self.digest)}

@@ -13,6 +13,17 @@ from filelock import FileLock
 RANDOM = "fixed-seed random network"
 
 
+def need_file(weights: str | Path | None, *digests: str | None) -> None:
+    """Raises ValueError for a SHA-256 without the file that it is of."""
+    if weights is None and any(digest is not None for digest in digests):
+        raise ValueError("A SHA-256 was given without the weight file it belongs to.")
+
+
+def told(digest: str | None) -> str:
+    """What a metric says of its weights; None = the network is random."""
+    return RANDOM if digest is None else f"sha256:{digest}"
+
+
 def located(weights: str | Path, sha256: str | None, what: str) -> tuple[Path, str]:
     """The file of `what` at a path or an http(s) address, and its SHA-256 in hex.
 

@@ -73,15 +73,6 @@ def fresh(tmp_path: Path) -> Config:
     return micro(tmp_path)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro page whose stages have weights, though nobody trained them: for what films are, not what they show."""
