@@ -1,5 +1,7 @@
 # Make-A-Video: every command of the project. `make help` lists them.
 
+# Films are of the weights in this repository, all else is of the demo, unless SIZE says otherwise.
+FILMS := $(or $(SIZE),emoji)
 SIZE ?= tiny
 STAGE ?= decoder
 ARGS ?=
@@ -24,8 +26,9 @@ RUN := $(VENV)/bin/python
 $(foreach v,PROMPT BEFORE IMAGE TO VIDEO FROM,$(if $(filter undefined,$(origin $v)),,$(eval \
 	override export $v := $$(value $v))))
 SENTENCE := "$${PROMPT-a 3D emoji of octopus}"
-# Of every film: SEED=3 PRESET=draft FORMATS=mp4,gif STOP=low.
-FILM = $(if $(SEED),seed=$(SEED)) $(if $(PRESET),cascade.preset=$(PRESET)) $(if $(STOP),stop=$(STOP)) \
+# Of every film: SEED=3 PRESET=draft FORMATS=mp4,gif SIZE_OUT=768 STOP=low.
+FILM = $(if $(SEED),seed=$(SEED)) $(if $(PRESET),cascade.preset=$(PRESET)) \
+	$(if $(SIZE_OUT),size_out=$(SIZE_OUT)) $(if $(STOP),stop=$(STOP)) \
 	$(if $(FORMATS),'formats=[$(FORMATS)]') $(if $(WEIGHT),weight=$(WEIGHT)) $(ARGS)
 # Where the files are now that a film is made again of; nothing else may be said of it.
 MOVED = $(if $(IMAGE),input="$$IMAGE") $(if $(TO),input="$$TO") $(if $(VIDEO),input="$$VIDEO") $(if $(PROMPT),prompt="$$PROMPT")
@@ -96,31 +99,31 @@ train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
 	@$(RUN) -m experiments.train interpolation $(SIZE) $(ARGS)
 
 generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, FORMATS=mp4,webm,gif,webp,png; FROM=film again (IMAGE=, TO=, VIDEO= where its files are now)
-	@$(RUN) -m experiments.generate $(if $(FROM),again "$$FROM" $(MOVED) $(FILM),$(SIZE) text $(SENTENCE) $(FILM))
+	@$(RUN) -m experiments.generate $(if $(FROM),again "$$FROM" $(MOVED) $(FILM),$(FILMS) text $(SENTENCE) $(FILM))
 
 animate: $(READY) ## IMAGE=picture set in motion
-	@$(RUN) -m experiments.generate $(SIZE) animate "$$IMAGE" $(FILM)
+	@$(RUN) -m experiments.generate $(FILMS) animate "$$IMAGE" $(FILM)
 
 between: $(READY) ## the passage from IMAGE=picture to TO=picture
-	@$(RUN) -m experiments.generate $(SIZE) between "$$IMAGE" "$$TO" $(FILM)
+	@$(RUN) -m experiments.generate $(FILMS) between "$$IMAGE" "$$TO" $(FILM)
 
 extend: $(READY) ## what comes after VIDEO=film, FORWARD=1 times, and what came before, BACKWARD=0 times
-	@$(RUN) -m experiments.generate $(SIZE) extend "$$VIDEO" forward=$(FORWARD) backward=$(BACKWARD) $(FILM)
+	@$(RUN) -m experiments.generate $(FILMS) extend "$$VIDEO" forward=$(FORWARD) backward=$(BACKWARD) $(FILM)
 
 vary: $(READY) ## another film of what VIDEO=film shows
-	@$(RUN) -m experiments.generate $(SIZE) vary "$$VIDEO" $(FILM)
+	@$(RUN) -m experiments.generate $(FILMS) vary "$$VIDEO" $(FILM)
 
 edit: $(READY) ## a film of IMAGE=picture moved from BEFORE="what it shows" towards PROMPT="what it becomes", WEIGHT=0.35
-	@$(RUN) -m experiments.generate $(SIZE) edit "$$IMAGE" "$$PROMPT" before="$$BEFORE" $(FILM)
+	@$(RUN) -m experiments.generate $(FILMS) edit "$$IMAGE" "$$PROMPT" before="$$BEFORE" $(FILM)
 
 export: $(READY) ## CLIP and the five networks of SIZE as one folder, runs/SIZE/pretrained, for MakeAVideo.from_pretrained
 	@$(RUN) -m experiments.export $(SIZE) $(ARGS)
 
-curve: $(READY) ## how far D^t's clips are from real ones by the number of network calls: runs/SIZE/curve/curve.svg
+curve: $(READY) ## how far D^t's clips are from real ones by the number of network calls: runs/SIZE/curve/calls.svg; ARGS=over=guidance: and CLIPSIM, by guidance
 	@$(RUN) -m experiments.curve $(SIZE) $(ARGS)
 
 app: $(VENV)/.app ## the cascade of SIZE as a page at 127.0.0.1: a tab for each use
-	@$(RUN) -m experiments.app $(SIZE) $(ARGS)
+	@$(RUN) -m experiments.app $(FILMS) $(ARGS)
 
 eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random without the I3D weights)
 	@$(RUN) -m experiments.evaluate fvd $(SIZE) $(ARGS)

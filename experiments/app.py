@@ -75,7 +75,7 @@ def page(gr: Any, config: Config, maker: MakeAVideo) -> Any:
                 gr.Markdown(about)
                 with gr.Row():
                     with gr.Column(scale=2):
-                        fields = {**fields_of(gr, use), **settings_of(gr)}
+                        fields = {**fields_of(gr, use), **settings_of(gr, config)}
                         button = gr.Button("Make the film", variant="primary", elem_id=f"make-{use}")
                     with gr.Column(scale=3):
                         outputs = [
@@ -130,11 +130,13 @@ def fields_of(gr: Any, use: str) -> dict[str, Any]:
     return found
 
 
-def settings_of(gr: Any) -> dict[str, Any]:
+def settings_of(gr: Any, config: Config) -> dict[str, Any]:
     """What every use asks for."""
+    sides = [config.decoder.size, config.sr_low.size, config.sr_high.size]
     with gr.Row():
         return {"seed": gr.Number(0, precision=0, label="Seed, -1 to draw one"),
-                "preset": gr.Dropdown([OWN, *PRESETS], value=OWN, label="Sampling")}  # fmt: skip
+                "preset": gr.Dropdown([OWN, *PRESETS], value=OWN, label="Sampling"),
+                "side": gr.Dropdown(sides, value=config.generate.size_out or sides[-1], label="Pixels")}  # fmt: skip
 
 
 def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[str, Any]) -> Callable[..., Any]:
@@ -144,6 +146,7 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
         given = {name: values[field] for name, field in fields.items()}
         uploads = [given.pop(name) for name in list(given) if name.startswith("file")]
         maker.config = sampled(config.cascade, given.pop("preset"))
+        wanted = replace(config, generate=replace(config.generate, size_out=int(given.pop("side"))))
         maker.on_step = lambda stage, step, steps: progress(
             (step, steps), desc=f"{STAGES.index(stage) + 1} of {len(STAGES)}, {NETWORKS.get(stage, 'P')}"
         )
@@ -152,8 +155,8 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
             request = asked(use, given, uploads)
             if maker.clip.truncated(request.prompt):
                 gr.Warning("The text has more words than CLIP reads: its end is ignored.")
-            made = films.make(config, request, maker)
-            path, _ = write_film(config, made, request, films.note(config, request, maker, uploaded=bool(uploads)))
+            made = films.make(wanted, request, maker)
+            path, _ = write_film(config, made, request, films.note(wanted, request, maker, uploaded=bool(uploads)))
         except (ValueError, OSError, RuntimeError) as error:
             raise gr.Error(sentence(error, uploads), duration=None, print_exception=False) from None
         except Exception:

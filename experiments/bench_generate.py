@@ -35,7 +35,7 @@ NETWORKS = {"prior": "prior", "decoder": "decoder_video", "interpolation": "inte
 class Bench:
     """The benchmark."""
 
-    sizes: list[str] = field(default_factory=lambda: ["tiny", "small", "base", "paper"])
+    sizes: list[str] = field(default_factory=lambda: ["tiny", "emoji", "small", "base", "paper"])
     overrides: list[str] = field(default_factory=lambda: ["cascade.preset=standard"])  # of every page
     steps: int = 4  # of each sampler that are measured, at most
     largest: float = 0.5  # TFLOP of a call that is still measured on a CPU; a GPU measures what fits into it
@@ -54,8 +54,8 @@ class Row:
     memory: int  # weights, and the largest sum of tensors in a call
     seconds: float | None = None  # for a film
     rate: float | None = None  # calls a second in the cascade
-    bare: float | None = None  # of the network alone
-    overhead: float | None = None  # share of the time outside of the network
+    bare: float | None = None  # of the network alone, on the input of one of these calls
+    overhead: float | None = None  # share of the film's time outside of the network
 
 
 class Words:
@@ -116,10 +116,11 @@ def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.d
     cascade = replace(config.cascade, compile=bench.compile and device != "cpu")
     setattr(cascade, name, replace(cascade.sampling(name), steps=steps))
     maker = MakeAVideo(Words(config), *(stage,) * 5, config=cascade, device=device, dtype=dtype)  # type: ignore
-    inside, calls = 0.0, 0
+    inside, calls, given = 0.0, 0, dict[str, Any]()
 
-    def before(*_: Any) -> None:
+    def before(_: nn.Module, inputs: tuple[Any, ...], keys: dict[str, Any]) -> None:
         nonlocal inside, calls
+        given.update(inputs=inputs, keys=keys)
         wait(device)
         inside, calls = inside - time.perf_counter(), calls + 1
 
@@ -129,8 +130,7 @@ def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.d
         inside += time.perf_counter()
 
     work = stage_call(maker, config, name)
-    net.register_forward_pre_hook(before)
-    net.register_forward_hook(after)
+    hooks = [net.register_forward_pre_hook(before, with_kwargs=True), net.register_forward_hook(after)]
     if device != "cpu" or name in ("prior", "decoder", "interpolation"):
         work()  # to warm up
     inside, calls = 0.0, 0
@@ -139,10 +139,25 @@ def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.d
     work()
     wait(device)
     whole = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    bare = alone(lambda: net(*given["inputs"], **given["keys"]), calls, device, dtype)
     total = config.cascade.sampling(name).steps * (chunks(config) if name == "sr_high" else 1)
     # the film's steps, not its calls: both halves of guidance are one call on a GPU
     seconds = whole / steps * total
-    return replace(row, seconds=seconds, rate=calls / whole, bare=calls / inside, overhead=1 - inside / whole)
+    return replace(row, seconds=seconds, rate=calls / whole, bare=bare, overhead=1 - inside / whole)
+
+
+@torch.inference_mode()
+def alone(call: Callable[[], Any], calls: int, device: str, dtype: torch.dtype) -> float:
+    """Calls a second of a network on one input, in its film's precision."""
+    with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait(device)
+    return calls / (time.perf_counter() - start)
 
 
 def chunks(config: Config) -> int:

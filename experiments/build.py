@@ -214,16 +214,35 @@ def stills(
     )
 
 
-def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
-    """The averaged weights that a finished stage left in its run folder.
+def film_stages(config: Config) -> dict[str, str]:
+    """Networks of the cascade, CLIP first -> the stages that train them last."""
+    low = "sr_low_video" if config.sr_low.finetune_on_video else "sr_low"
+    high = "sr_high_video" if config.sr_high.finetune_on_video else "sr_high"
+    return {"clip": "clip", "prior": "prior", "decoder": "decoder_video", "interpolation": "interpolation",
+            "sr_low": low, "sr_high": high}  # fmt: skip
 
-    Raises FileNotFoundError, which names the command to run, where there are none.
+
+def weights_path(config: Config, stage: str) -> Path:
+    """Where the averaged weights of a stage are: in its run folder, else, as if it had been trained, in `pretrained`.
+
+    Not in the latter once a CLIP has been trained here, as the others were trained with theirs. Raises
+    FileNotFoundError, which names the command to run, where there are none.
     """
     path = run_folder(config, stage) / "weights.safetensors"
-    if not path.is_file():
-        command = f"make {STAGES[stage].command} SIZE={config.page}"
-        raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.")
-    return load_file(path)
+    own_clip = run_folder(config, "clip") / "weights.safetensors"
+    if path.is_file():
+        return path
+    for network, last in film_stages(config).items():
+        shipped = Path(config.pretrained) / f"{network}.safetensors"
+        if stage == last and config.pretrained and shipped.is_file() and not own_clip.is_file():
+            return shipped
+    command = f"make {STAGES[stage].command} SIZE={config.page}"
+    raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.")
+
+
+def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a finished stage; raises as `weights_path`."""
+    return load_file(weights_path(config, stage))
 
 
 def load_clip(config: Config) -> Clip:
@@ -272,15 +291,14 @@ def cascade(
         net.load_state_dict(weights(config, name))
         return Stage(net, diffusion(config, name), size)
 
-    low = "sr_low_video" if config.sr_low.finetune_on_video else "sr_low"
-    high = "sr_high_video" if config.sr_high.finetune_on_video else "sr_high"
+    last = film_stages(config)
     return MakeAVideo(
         load_clip(config),
         prior=stage("prior"),
         decoder=stage("decoder_video", config.decoder.size),
         interpolation=stage("interpolation", config.decoder.size),
-        sr_low=stage(low, config.sr_low.size),
-        sr_high=stage(high, config.sr_high.size),
+        sr_low=stage(last["sr_low"], config.sr_low.size),
+        sr_high=stage(last["sr_high"], config.sr_high.size),
         config=config.cascade,
         device=device,
         dtype=dtype,

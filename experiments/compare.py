@@ -28,6 +28,7 @@ from experiments.benchmarks import named_rows, prompted
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
+from experiments.sampling import sample_seed
 from experiments.scores import metric, real_clips
 from lightning_modules.media import as_bytes
 from lightning_modules.metrics import CLIPSIM, FrechetVideoDistance, frechet_distance
@@ -62,21 +63,29 @@ def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
 
 
 def before_video(config: Config, device: torch.device) -> Stage:
-    """D^t as its training began: D's weights, and temporal layers that are the identity."""
+    """D^t as its training began: D's weights, and temporal layers that are the identity.
+
+    Where its spatial layers were frozen they are D's, so that D^t is enough.
+    """
     net = build.network(config, "decoder_video")
     assert isinstance(net, UNet)
-    net.load_image_weights(build.weights(config, "decoder"))
+    if config.decoder_video.freeze_spatial:
+        time = net.temporal_keys()
+        state = {key: value for key, value in build.weights(config, "decoder_video").items() if key not in time}
+    else:
+        state = build.weights(config, "decoder")
+    net.load_image_weights(state)
     return Stage(
         net.to(device).eval().requires_grad_(False), build.diffusion(config, "decoder_video"), config.decoder.size
     )
 
 
 def made(maker: MakeAVideo, began: Stage, config: Config, names: list[str], first: int) -> dict[str, Tensor]:
-    """Clips of each kind, uint8 `b 3 f h w`, of as many prompts; sample k has the seed `seed + k`.
+    """Clips of each kind, uint8 `b 3 f h w`, of as many prompts, which are samples first, first + 1, ...
 
     began: D^t as its training began.
     """
-    seeds = [config.seed + first + i for i in range(len(names))]
+    seeds = [sample_seed(config.seed, first + i) for i in range(len(names))]
     frames, fps = config.cascade.frames, config.cascade.fps
     embedding = maker.embed([prompted(config.evaluate.prompt, name) for name in names], seeds)
     clips = {OURS: maker.decode(embedding, fps, seeds)}

@@ -147,6 +147,7 @@ class GenerateConfig:
     """Of `make generate` and the other uses: what is written."""
 
     formats: list[str] = field(default_factory=lambda: ["mp4"])  # mp4 | webm | gif | webp | png, a folder of frames
+    size_out: int = 0  # side in pixels of the film, which ends with the stage that makes it; 0 = that of the last stage
     presentation: int = 512  # side of a smaller copy of a film that is larger, as in the paper; 0 = none
 
 
@@ -196,6 +197,7 @@ class Config:
     page: str = ""  # what SIZE was: the name of a shipped page or the path of another; both set by `load`
     seed: int = 0
     runs: str = "runs"  # run folders are <runs>/<size>/<stage>
+    pretrained: str = ""  # folder as `make export` writes them: the weights of stages that have not been trained here
     data: DataConfig = field(default_factory=DataConfig)
     clip: ClipStage = field(default_factory=ClipStage)
     prior: PriorStage = field(default_factory=PriorStage)

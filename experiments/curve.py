@@ -1,8 +1,9 @@
-"""`python -m experiments.curve SIZE [evaluate.samples=32 ...]`: quality of D^t's clips by the number of network calls.
+"""`python -m experiments.curve SIZE [over=calls|guidance] [samples=32 ...]`: quality of D^t's clips by a setting.
 
-The distance from real clips (FVD, or fvd_random without I3D's weights) for each sampler at several numbers of steps,
-with the same prompts, embeddings and noise for all. Writes `<runs>/<size>/curve/`: a file of features for each point,
-so that an interrupted command goes on, `curve.json` and `curve.svg`.
+calls: the distance from real clips (FVD, or fvd_random without I3D's weights) for each sampler by the number of network
+calls. guidance: that distance and CLIPSIM, sampled as the page says, by the strength of classifier-free guidance. All
+points have the same prompts, embeddings and noise. Writes `<runs>/<size>/curve/`: a file of features for each point, so
+that an interrupted command goes on, `<calls or guidance>.json` and `.svg`.
 """
 
 import json
@@ -23,12 +24,13 @@ from experiments.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Points, 
 from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
-from experiments.sampling import short
+from experiments.sampling import sample_seed, short
 from experiments.scores import real_clips
 from lightning_modules.media import as_bytes
+from lightning_modules.metrics import CLIPSIM
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
 from lightning_modules.whole import whole
-from models.sampling import PRESETS
+from models.sampling import PRESETS, SamplingConfig
 
 # DDIM at 250, which takes most of the time, is what the others are held to.
 # A curve's sampler, bend of its times, and numbers of steps.
@@ -37,6 +39,7 @@ POINTS: dict[str, tuple[str, float, tuple[int, ...]]] = {
     "dpmpp_2m": ("dpmpp_2m", 1.0, (5, 8, 10, 15, 20, 25)),
     "ddim": ("ddim", 1.0, (5, 10, 25, 50, 250)),
 }
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 STYLE = (
     "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}polyline{fill:none;stroke-width:2}"
     ".c2{stroke:#3a8f4d;fill:#3a8f4d}polyline.c2{fill:none}text.c2{fill:#3a8f4d;stroke:none}"
@@ -45,92 +48,156 @@ STYLE = (
 )
 
 
-def curve(config: Config) -> dict[str, Any]:
-    """Measure what is not measured yet; returns what is written to `curve.json`."""
-    folder = build.run_folder(config, "curve")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings, fps = config.evaluate, config.cascade.fps
-    maker, fvd = make_cascade(config), FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
-    task = folder_task(config)
-    texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
-    cascade, own = maker.config, maker.config.decoder  # each point has its own sampler and steps, and the page's rest
-    run = short([maker.digest(), str(maker.dtype), fvd.name, getattr(fvd, "digest", None), config.seed, fps, texts,
-                  [clip.name for clip in clips], cascade.frames, cascade.candidates, asdict(cascade.sampling("prior")),
-                  task.real])  # fmt: skip
-    seeds = [config.seed + k for k in range(len(texts))]
-    parts = [slice(start, start + settings.batch_size) for start in range(0, len(seeds), settings.batch_size)]
+class Measure:
+    """Scores of D^t's clips under any sampling, of one set of prompts and seeds; each batch is made once."""
 
-    def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
+    def __init__(self, config: Config):
+        self.config, self.folder = config, build.run_folder(config, "curve")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings, self.fps = config.evaluate, config.cascade.fps
+        self.maker = make_cascade(config)
+        self.fvd = FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
+        task = folder_task(config)
+        self.texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
+        self.seeds = [sample_seed(config.seed, k) for k in range(len(self.texts))]
+        cascade = self.maker.config
+        self.own = cascade.decoder  # each point has its own sampler, steps or guidance, and the page's rest
+        self.run = short([self.maker.digest(), str(self.maker.dtype), self.fvd.name, getattr(self.fvd, "digest", None),
+                          self.seeds, self.fps, self.texts, [clip.name for clip in clips], cascade.frames,
+                          cascade.candidates, asdict(cascade.sampling("prior")), task.real])  # fmt: skip
+        self.embeddings = self.kept("embeddings", lambda: self.maker.embed(self.texts, self.seeds))
+        self.real = self.kept("real", lambda: torch.cat([self.fvd.features(v) for v, _ in real_clips(config, clips)]))
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What a file holds, or what is then written to it."""
-        path = folder / f"{name}-{run}.safetensors"
+        path = self.folder / f"{name}-{self.run}.safetensors"
         if not path.is_file():
             with whole(path) as part:
                 save_file({"values": make().cpu().contiguous()}, part)
         return load_file(path)["values"]
 
-    def features(part: slice) -> Tensor:
-        return fvd.features(as_bytes(maker.decode(embeddings[part], fps, seeds[part])))
+    def features(self, part: slice) -> Tensor:
+        """A row for each clip: the features of the distance, then CLIPSIM."""
+        clips = as_bytes(self.maker.decode(self.embeddings[part].to(self.maker.device), self.fps, self.seeds[part]))
+        scores = [CLIPSIM(self.maker.clip) for _ in clips]
+        for score, clip, text in zip(scores, clips, self.texts[part], strict=True):
+            score.update(clip[None], [text])
+        likeness = torch.stack([score.compute().float() for score in scores])
+        return torch.cat((self.fvd.features(clips), likeness[:, None].to(clips.device)), dim=1)
 
-    embeddings = kept("embeddings", lambda: maker.embed(texts, seeds)).to(maker.device)
-    real = kept("real", lambda: torch.cat([fvd.features(clip) for clip, _ in real_clips(config, clips)]))
+    def point(self, sampling: SamplingConfig) -> tuple[float, float]:
+        """Distance from real clips, and CLIPSIM, of D^t sampled so."""
+        cascade, size = self.maker.config, self.config.evaluate.batch_size
+        self.maker.config = replace(cascade, decoder=sampling)
+        found = self.maker.sampling("decoder")
+        name = f"{found.sampler}-{found.steps}-{short(asdict(found))}"
+        parts = [slice(start, start + size) for start in range(0, len(self.texts), size)]
+        rows = torch.cat([self.kept(f"{name}-{p.start}-{p.stop}", partial(self.features, p)) for p in parts])
+        self.maker.config = cascade
+        return float(frechet_distance(self.real, rows[:, :-1])), float(rows[:, -1].mean())
+
+
+def calls(sampling: SamplingConfig) -> int:
+    """Network calls of a clip: two a step under guidance."""
+    return sampling.steps * (2 if sampling.guidance != 1 else 1)
+
+
+def by_calls(config: Config) -> dict[str, Any]:
+    """Measure what is not measured yet; returns what is written to `calls.json`."""
+    measure = Measure(config)
+    name, own = measure.fvd.name, measure.own
     distances: dict[str, dict[int, float]] = {curve: {} for curve in POINTS}
     for curve, (sampler, bend, counts) in POINTS.items():
         for steps in counts:
-            maker.config = replace(cascade, decoder=replace(own, sampler=sampler, steps=steps, bend=bend))
-            name = f"{sampler}-{steps}-{short([own.guidance, own.rescale, own.noise, own.alpha, bend])}"
-            made = [kept(f"{name}-{part.start}-{part.stop}", partial(features, part)) for part in parts]
-            distances[curve][steps] = float(frechet_distance(real, torch.cat(made)))
-            print(f"{curve:<20} {steps:>4} steps  {fvd.name} {distances[curve][steps]:.4f}", flush=True)
+            sampling = replace(own, sampler=sampler, steps=steps, bend=bend)
+            distances[curve][calls(sampling)] = measure.point(sampling)[0]
+            print(f"{curve:<20} {steps:>4} steps  {name} {distances[curve][calls(sampling)]:.4f}", flush=True)
     anchor = distances["ddim"][max(distances["ddim"])]
     sampler, steps, bend = PRESETS["standard"]["decoder"]
-    standard = next(name for name, (*which, _) in POINTS.items() if which == [sampler, bend])
+    standard = next(curve for curve, (*which, _) in POINTS.items() if which == [sampler, bend])
+    ratio = distances[standard][calls(replace(own, steps=steps))] / anchor
+    title = f"{name} of {len(measure.texts)} clips of D^t by network calls, guidance {own.guidance:g}"
     result = {
-        "metric": fvd.name,
-        "samples": len(texts),
+        "metric": name,
+        "samples": len(measure.texts),
+        "seed": config.seed,
         "guidance": own.guidance,
         "distances": distances,
-        "standard": {"curve": standard, "steps": steps, "over_ddim_250": distances[standard][steps] / anchor},
+        "standard": {"curve": standard, "steps": steps, "over_ddim_250": ratio},
     }
-    (folder / "curve.json").write_text(json.dumps(result, indent=2))
-    (folder / "curve.svg").write_text(plot(distances, fvd.name, len(texts)))
+    points: dict[str, Points] = {curve: sorted(found.items()) for curve, found in distances.items()}
+    write(config, "calls", result, [panel(points, title, (5, 10, 25, 50, 100, 250, 500), logarithmic=True)])
+    print(f"standard ({standard}, {steps} steps) is at {ratio:.4f} of the distance of 250-step DDIM")
     return result
 
 
-def plot(distances: dict[str, dict[int, float]], metric: str, samples: int) -> str:
-    """The curves as an SVG that stands alone: distance over the number of calls, which is drawn logarithmically."""
-    points: dict[str, Points] = {name: sorted(found.items()) for name, found in distances.items()}
-    xs, ys = zip(*(p for found in points.values() for p in found), strict=True)
+def by_guidance(config: Config) -> dict[str, Any]:
+    """Measure what is not measured yet; returns what is written to `guidance.json`."""
+    measure = Measure(config)
+    name, points = measure.fvd.name, {}
+    for guidance in GUIDANCE:
+        distance, likeness = points[guidance] = measure.point(replace(measure.own, guidance=guidance))
+        print(f"guidance {guidance:<4g}  {name} {distance:.4f}  CLIPSIM {likeness:.4f}", flush=True)
+    n = len(measure.texts)
+    scores = {"distance": {g: far for g, (far, _) in points.items()}, "clipsim": {g: s for g, (_, s) in points.items()}}
+    result = {"metric": name, "samples": n, "seed": config.seed, **scores}
+    panels = [panel({title: list(scores[key].items())}, f"{title} of {n} clips of D^t by guidance", GUIDANCE, False)
+              for title, key in ((name, "distance"), ("CLIPSIM", "clipsim"))]  # fmt: skip
+    write(config, "guidance", result, panels)
+    return result
+
+
+def write(config: Config, what: str, result: dict[str, Any], panels: list[str]) -> None:
+    """The numbers and their picture."""
+    path = build.run_folder(config, "curve") / f"{what}.json"
+    path.write_text(json.dumps(result, indent=2))
+    path.with_suffix(".svg").write_text(picture(panels))
+    print(path.with_suffix(".svg"))
+
+
+def panel(curves: dict[str, Points], title: str, marks: tuple[float, ...], logarithmic: bool) -> str:
+    """Curves in their frame, as the inside of an SVG."""
+    xs, ys = zip(*(p for found in curves.values() for p in found), strict=True)
     ticks = linear_ticks(min(ys), max(ys))
     low, high, first, last = min(ticks), max(*ticks, *ys), min(xs), max(xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = math.log(x / first) / math.log(last / first)
+        right = math.log(x / first) / math.log(last / first) if logarithmic else (x - first) / (last - first)
         return LEFT + right * (RIGHT - LEFT), BOTTOM - (y - low) / (high - low) * (BOTTOM - TOP)
 
     parts = [grid(y, place(first, y)[1]) for y in ticks]
-    parts += [mark(x, place(x, low)[0]) for x in (5, 10, 25, 50, 100, 250) if first <= x <= last]
-    for i, (name, found) in enumerate(points.items()):
+    parts += [mark(x, place(x, low)[0]) for x in marks if first <= x <= last]
+    for i, (name, found) in enumerate(curves.items()):
         places = [place(*p) for p in found]
         parts.append(line(places, i, "curve"))
         parts += [f'<circle class="c{i}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places]
-        parts.append(f'<text class="c{i}" x="{RIGHT - 4}" y="{TOP + 14 + 15 * i}" text-anchor="end">{name}</text>')
-    title = f"{metric} of {samples} clips of D^t by steps"
+        if len(curves) > 1:
+            parts.append(f'<text class="c{i}" x="{RIGHT - 4}" y="{TOP + 14 + 15 * i}" text-anchor="end">{name}</text>')
+    return f'<text x="{LEFT}" y="-4">{title}</text>{"".join(parts)}'
+
+
+def picture(panels: list[str]) -> str:
+    """Panels side by side, as an SVG that stands alone."""
+    wide, tall = WIDTH * len(panels), HEIGHT + 18
+    inside = "".join(f'<g transform="translate({WIDTH * i},0)">{each}</g>' for i, each in enumerate(panels))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -18 {WIDTH} {HEIGHT + 18}" width="{2 * WIDTH}">'
-        f'<style>{STYLE}</style><rect y="-18" width="{WIDTH}" height="{HEIGHT + 18}" fill="white"/>'
-        f'<text x="{LEFT}" y="-4">{title}</text>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -18 {wide} {tall}" width="{max(2 * WIDTH, wide)}">'
+        f'<style>{STYLE}</style><rect y="-18" width="{wide}" height="{tall}" fill="white"/>{inside}</svg>\n'
     )
+
+
+OVER = {"calls": by_calls, "guidance": by_guidance}
 
 
 @for_people
 def main(arguments: list[str]) -> None:
     if not arguments:
-        raise ValueError("usage: python -m experiments.curve SIZE [key=value ...]")
-    config = load(arguments[0], arguments[1:], section="evaluate")
-    result = curve(config)
-    standard = result["standard"]
-    print(f"standard ({standard['curve']}, {standard['steps']} steps) is at {standard['over_ddim_250']:.4f} of the "
-          f"distance of 250-step DDIM\n{build.run_folder(config, 'curve') / 'curve.svg'}")  # fmt: skip
+        raise ValueError("usage: python -m experiments.curve SIZE [over=calls|guidance] [key=value ...]")
+    own = [word.removeprefix("over=") for word in arguments[1:] if word.startswith("over=")]
+    over = own[-1] if own else "calls"
+    if over not in OVER:
+        raise ValueError(f"over={over}: a curve is over {' or '.join(OVER)}.")
+    OVER[over](load(arguments[0], [word for word in arguments[1:] if not word.startswith("over=")], section="evaluate"))
 
 
 if __name__ == "__main__":

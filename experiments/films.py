@@ -53,12 +53,12 @@ class Request:
     weight: float = -1.0  # of slerp; -1 = the use's own, 0.5 between two pictures and 0.35 in an edit
     forward: int = 1  # extend: how often, by a little more than half of the decoder's frames
     backward: int = 0
-    stop: str = "high"  # decoded | interpolated | low | high
+    stop: str = ""  # decoded | interpolated | low | high; empty = the stage that makes generate.size_out
 
     def __post_init__(self) -> None:
         if self.use not in USES:
             raise ValueError(f"there is no use '{self.use}': it is one of {', '.join(USES)}.")
-        if self.stop not in STOPS[1:]:
+        if self.stop and self.stop not in STOPS[1:]:
             raise ValueError(f"there is no stage '{self.stop}' to stop after: it is one of {', '.join(STOPS[1:])}.")
         wanted = USES[self.use].inputs
         if len(self.inputs) != len(wanted):
@@ -82,7 +82,18 @@ def make(config: Config, request: Request, maker: MakeAVideo) -> Film:
         ValueError: an input that cannot be read, or does not fit the use; the message is for people.
         FileNotFoundError: no such input.
     """
-    return USES[request.use].make(maker, request)
+    return USES[request.use].make(maker, settled(config, request))
+
+
+def settled(config: Config, request: Request) -> Request:
+    """The request with the stage that its film ends with. ValueError where no stage makes a film of that size."""
+    if request.stop:
+        return request
+    sides = {config.decoder.size: "interpolated", config.sr_low.size: "low", config.sr_high.size: "high"}
+    side = config.generate.size_out or config.sr_high.size
+    if side not in sides:
+        raise ValueError(f"no stage makes films of {side} pixels: SIZE_OUT is one of {', '.join(map(str, sides))}.")
+    return replace(request, stop=sides[side])
 
 
 def of_text(maker: MakeAVideo, request: Request) -> Film:
@@ -210,7 +221,7 @@ def note(config: Config, request: Request, maker: MakeAVideo, uploaded: bool = F
     Args:
         uploaded: the inputs are copies that will be deleted, of which the names alone are noted.
     """
-    settings = asdict(maker.config.resolved())
+    settings, request = asdict(maker.config.resolved()), settled(config, request)
     paths = [Path(path).name if uploaded else os.path.abspath(path) for path in request.inputs]
     return {
         "make-a-video": FORMAT,

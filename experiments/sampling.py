@@ -147,15 +147,14 @@ def write_lossless(path: Path, clip: Tensor, fps: float) -> None:
 
 def made_of(config: Config, output: str) -> dict[str, str]:
     """What decides the pixels of a sample beside its prompt: a digest of each part, by its name."""
-    cascade, parts = config.cascade, dict[str, Any]()
+    cascade, parts, last = config.cascade.resolved(), dict[str, Any](), build.film_stages(config)
     for stage in OUTPUTS[output]:
         section: Any = build.section(config, stage)
         if stage == "clip" and config.clip.model.name:
             path = Path(config.clip.model.pretrained)
             parts[stage] = [asdict(config.clip.model), sha256_of(path) if path.is_file() else ""]
             continue
-        tuned = stage.startswith("sr_") and section.finetune_on_video
-        parts[stage] = weights_digest(config, f"{stage}_video" if tuned else stage)
+        parts[stage] = sha256_of(build.weights_path(config, last.get(stage, stage)))
         if stage != "clip":
             shape = config.prior.model if stage == "prior" else getattr(section, "unet", config.decoder.unet)
             size = getattr(section, "size", config.decoder.size)
@@ -168,14 +167,6 @@ def made_of(config: Config, output: str) -> dict[str, str]:
     parts["seed"] = sample_seed(config.seed, 0)  # a number that another rule for seeds changes
     parts["decoder.trainer.precision"] = build.precision(config.decoder.trainer.precision)
     return {part: short(value) for part, value in parts.items()}
-
-
-def weights_digest(config: Config, stage: str) -> str:
-    """SHA-256 of the trained weights of a stage. Raises FileNotFoundError, as `build.weights`, where there are none."""
-    path = build.run_folder(config, stage) / "weights.safetensors"
-    if not path.is_file():
-        build.weights(config, stage)
-    return sha256_of(path)
 
 
 def short(value: Any) -> str:

@@ -117,9 +117,8 @@ def validation(config: Config, stage: str, clip: Clip, ema: EMA) -> Validation:
 
 def fixed_prompts(config: Config, stage: str) -> list[str]:
     """The prompts of the scores, from the names of clips; none without names, or while P has no weights."""
-    if not (build.run_folder(config, "prior") / "weights.safetensors").is_file():
-        return []
     try:
+        build.weights_path(config, "prior")
         return names(config.data.validation or config.data.clips, config.evaluate.prompt)
     except (FileNotFoundError, ValueError):
         return []

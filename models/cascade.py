@@ -87,11 +87,12 @@ class MakeAVideo:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         on_step: OnStep | None = None,
+        config: CascadeConfig | None = None,
     ) -> "MakeAVideo":
         """The cascade of a folder that `save_pretrained` wrote; see `models.pretrained.load`."""
         from models.pretrained import load  # which builds one of these
 
-        return load(folder, device, dtype, on_step)
+        return load(folder, device, dtype, on_step, config)
 
     def save_pretrained(self, folder: str, half: bool = False) -> None:
         """Write the cascade to a folder; see `models.pretrained.save`."""

@@ -76,11 +76,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
+    config: CascadeConfig | None = None,
 ) -> MakeAVideo:
     """The cascade of a folder.
 
     Args:
         dtype: of the weights and of autocast: float32, or bfloat16 for half the memory.
+        config: settings of sampling in place of the folder's.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of it is missing.
@@ -104,7 +106,7 @@ def load(
         )
         stages = {key: stage_of(page["stages"][key]) for key in STAGES}
         settings: Any = {k: SamplingConfig(**v) if isinstance(v, dict) else v for k, v in page["cascade"].items()}
-        config = CascadeConfig(**settings)
+        config = config or CascadeConfig(**settings)
         wanted: dict[str, str] = page["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not the page of a model, or damaged ({error}).") from None
@@ -151,10 +153,11 @@ def model_digest(maker: MakeAVideo) -> str:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of weights: names, types, shapes and bytes, in the order of the names."""
+    """SHA-256 of weights: names, shapes and values in the order of the names, the same in half precision as in full."""
     whole = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
+        value = value.float() if value.is_floating_point() else value
         whole.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         whole.update(value.flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()

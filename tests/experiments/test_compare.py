@@ -11,6 +11,7 @@ import torch
 from experiments import build, compare
 from experiments.config import Config, load
 from experiments.generate import make_cascade
+from models.unet import UNet
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ def test_before_video_frames_are_pictures_and_one_still_is_the_first(listed: Con
     other = torch.cat((x[:, :, :1], torch.randn(1, 3, 3, 16, 16)), dim=2)
     whole, changed = (began.net(z, t, embedding=embedding, fps=torch.tensor([5.0])) for z in (x, other))
     assert torch.equal(whole[:, :, 0], changed[:, :, 0])
+
+
+def test_of_a_frozen_decoder_its_pictures_are_in_its_clips_network(listed: Config) -> None:
+    """The demo freezes D while time is learnt, so D^t alone says what it began as."""
+    assert listed.decoder_video.freeze_spatial
+    joint = replace(listed, decoder_video=replace(listed.decoder_video, freeze_spatial=False))
+    own, of_d = (compare.before_video(config, torch.device("cpu")).net for config in (listed, joint))
+    assert isinstance(own, UNet)
+    for key in set(own.state_dict()) - own.temporal_keys():
+        torch.testing.assert_close(own.state_dict()[key], of_d.state_dict()[key], rtol=1e-6, atol=1e-7)
 
 
 def test_the_command_writes_its_table(listed: Config, page: Path, capsys: pytest.CaptureFixture[str]) -> None:

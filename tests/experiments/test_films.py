@@ -164,13 +164,14 @@ def test_make_hands_on_what_was_written() -> None:
         return out.stdout[1:-1].split("><")[2:]
 
     evil = """a "fox" costs $5, `exit 1` $(error no) it's # \\ 50%"""
-    assert said("generate", f"PROMPT={evil}", "SEED=3") == ["tiny", "text", evil, "seed=3"]
-    assert said("animate", f"IMAGE={evil}") == ["tiny", "animate", evil]
-    assert said("between", f"IMAGE={evil}", f"TO={evil}") == ["tiny", "between", evil, evil]
-    assert said("vary", f"VIDEO={evil}") == ["tiny", "vary", evil]
-    assert said("edit", "IMAGE=a", f"BEFORE={evil}") == ["tiny", "edit", "a", "", f"before={evil}"]  # which is refused
+    assert said("generate", f"PROMPT={evil}", "SEED=3") == ["emoji", "text", evil, "seed=3"]
+    assert said("animate", f"IMAGE={evil}") == ["emoji", "animate", evil]
+    assert said("between", f"IMAGE={evil}", f"TO={evil}") == ["emoji", "between", evil, evil]
+    assert said("vary", f"VIDEO={evil}") == ["emoji", "vary", evil]
+    assert said("edit", "IMAGE=a", f"BEFORE={evil}") == ["emoji", "edit", "a", "", f"before={evil}"]  # which is refused
     assert said("generate", f"FROM={evil}", "FORMATS=gif") == ["again", evil, "formats=[gif]"]
     assert said("generate", "FROM=f.mp4", f"TO={evil}", "SEED=1") == ["again", "f.mp4", f"input={evil}", "seed=1"]
+    assert said("animate", "IMAGE=a", "SIZE=tiny", "SIZE_OUT=768") == ["tiny", "animate", "a", "size_out=768"]
     assert said("generate")[2] == "a 3D emoji of octopus" and said("generate", "PROMPT=")[2] == ""
 
 
