@@ -195,7 +195,7 @@ def fits(row: Row, bench: Bench, device: str) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a table for the README, with a film's total where all of it was measured."""
+    """The rows as a table for docs/films.md, with a film's total where all of it was measured."""
     lines = ["| size | stage | calls | TFLOP a call | memory GiB | seconds | calls/s | network alone | overhead |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:

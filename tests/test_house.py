@@ -64,27 +64,23 @@ def test_every_target_has_a_line_of_help() -> None:
     assert all(re.search(rf"^  {name} +\S", shown, re.MULTILINE) for name in targets())
 
 
-def test_commands_in_the_readme_are_targets() -> None:
-    text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]+)", text, re.MULTILINE))  # in backticks or a block of code
-    assert {"demo", "test"} <= used
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """Targets in backticks or blocks of code; pictures and links, from where the page is; files in backticks."""
+    text = page.read_text()
+    used = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]+)", text, re.MULTILINE))
     assert used <= set(targets()), used - set(targets())
-
-
-def test_pictures_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(r'<img[^>]* src="([^"]+)"', text)
-    assert pictures
-    for picture in pictures:
-        assert (ROOT / picture).is_file(), picture
-
-
-def test_files_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'<img[^>]* src="([^"]+)"', text)
+    for link in links:
+        assert (page.parent / link).exists(), link
     names = re.findall(r"`((?:models|datamodules|lightning_modules|experiments|tests|docs)/[\w./]+\.\w+)`", text)
-    assert names
     for name in names:
         assert (ROOT / name).is_file(), name
+    if page.name == "README.md" and page.parent == ROOT:
+        assert {"demo", "test", "generate"} <= used and links and names
 
 
 def test_environment_yml_leads_to_the_same_packages() -> None:
