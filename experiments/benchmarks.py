@@ -178,7 +178,9 @@ def read_ucf101(root: str) -> tuple[list[Clip], dict[str, int], list[Problem]]:
     Raises FileNotFoundError for a part that is missing, ValueError for a line of another form and a class of no video.
     """
     if not root:
-        raise ValueError("name the folder of UCF-101, as in evaluate.ucf101=path; docs/evaluation.md says how to obtain it.")
+        raise ValueError(
+            "name the folder of UCF-101, as in evaluate.ucf101=path; docs/evaluation.md says how to get it."
+        )
     videos, lists = Path(root) / "UCF-101", Path(root) / "ucfTrainTestlist"
     for part in (videos, lists / "classInd.txt", lists / "trainlist01.txt"):
         if not part.exists():
@@ -235,7 +237,9 @@ def read_msrvtt(root: str, split: str = "test") -> tuple[list[tuple[str, str]], 
     out; a sentence that two of them hold counts once. Raises FileNotFoundError, and ValueError for another layout.
     """
     if not root:
-        raise ValueError("name the folder of MSR-VTT, as in evaluate.msrvtt=path; docs/evaluation.md says how to obtain it.")
+        raise ValueError(
+            "name the folder of MSR-VTT, as in evaluate.msrvtt=path; docs/evaluation.md says how to get it."
+        )
     tables = sorted(Path(root).glob("*_videodatainfo.json")) or sorted(Path(root).glob("*.json"))
     if not tables:
         raise FileNotFoundError(f"there is no test_videodatainfo.json in {root} (evaluate.msrvtt).")
