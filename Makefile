@@ -41,7 +41,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .PHONY: help install demo plan index inspect embed train-clip train-prior train-decoder train-sr-low train-sr-high \
 	finetune-video train-interpolation generate app animate between extend vary edit export curve eval-fvd eval-clipsim \
 	eval-fid eval-is eval-ucf101 eval-msrvtt compare human-eval human-tally \
-	gallery report dashboard bench bench-model bench-data bench-generate \
+	gallery showcase report dashboard bench bench-model bench-data bench-generate \
 	bench-metrics test golden lint clean
 
 help: ## print this list
@@ -154,6 +154,9 @@ human-tally: $(READY) ## what the raters of FOLDER=runs/human prefer: majorities
 
 gallery: $(READY) ## one HTML page of films beside real clips with the scores: those of SIZE, or in FOLDER=...
 	@$(RUN) -m experiments.gallery $(SIZE) $(FOLDER) $(ARGS)
+
+showcase: $(READY) ## pictures of what SIZE has learnt: its stills in training, films of sentences, stills set in motion
+	@$(RUN) -m experiments.showcase $(SIZE) $(ARGS)
 
 report: $(READY) ## one HTML page with curves, pictures and counts of all stages of SIZE, or of FOLDER=runs/tiny/decoder
 	@$(RUN) -m experiments.report $(or $(FOLDER),$(SIZE)) $(ARGS)
