@@ -2,7 +2,7 @@
 
 # Films are of the weights in this repository, all else is of the demo, unless SIZE says otherwise.
 FILMS := $(or $(SIZE),emoji)
-SIZE ?= tiny
+override SIZE := $(or $(SIZE),tiny)
 STAGE ?= decoder
 ARGS ?=
 DATA ?= experiments/demo/pairs
@@ -26,10 +26,10 @@ RUN := $(VENV)/bin/python
 $(foreach v,PROMPT BEFORE IMAGE TO VIDEO FROM,$(if $(filter undefined,$(origin $v)),,$(eval \
 	override export $v := $$(value $v))))
 SENTENCE := "$${PROMPT-a 3D emoji of octopus}"
-# Of every film: SEED=3 PRESET=draft FORMATS=mp4,gif SIZE_OUT=768 STOP=low.
-FILM = $(if $(SEED),seed=$(SEED)) $(if $(PRESET),cascade.preset=$(PRESET)) \
-	$(if $(SIZE_OUT),size_out=$(SIZE_OUT)) $(if $(STOP),stop=$(STOP)) \
-	$(if $(FORMATS),'formats=[$(FORMATS)]') $(if $(WEIGHT),weight=$(WEIGHT)) $(ARGS)
+# Of every film: PRESET=draft FORMATS=mp4,gif SIZE_OUT=768, and SEED=3 STOP=low, which the page of `make app` asks for.
+SAMPLED = $(if $(PRESET),cascade.preset=$(PRESET)) $(if $(SIZE_OUT),size_out=$(SIZE_OUT)) \
+	$(if $(FORMATS),'formats=[$(FORMATS)]')
+FILM = $(if $(SEED),seed=$(SEED)) $(SAMPLED) $(if $(STOP),stop=$(STOP)) $(if $(WEIGHT),weight=$(WEIGHT)) $(ARGS)
 # Where the files are now that a film is made again of; nothing else may be said of it.
 MOVED = $(if $(IMAGE),input="$$IMAGE") $(if $(TO),input="$$TO") $(if $(VIDEO),input="$$VIDEO") $(if $(PROMPT),prompt="$$PROMPT")
 # On a CPU a training step frees and takes the same gigabytes again and again; glibc gives them back to the system in
@@ -45,7 +45,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 	bench-metrics test golden lint clean
 
 help: ## print this list
-	@echo 'make TARGET [SIZE=tiny|emoji|small|base|paper] [ARGS="trainer.max_steps=100 ..."]'
+	@echo 'make TARGET [SIZE=tiny|emoji|small|base|paper] [ARGS="trainer.max_steps=1500 ..."]'
+	@echo 'Without SIZE films are of emoji, whose weights are in the repository, and all else is of tiny, the demo.'
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with all packages (uv where present, pip where not)
@@ -98,7 +99,7 @@ finetune-video: $(READY) ## D^t from D on unlabeled clips; STAGE=sr_low or sr_hi
 train-interpolation: $(READY) ## upF from D^t: 16 frames to 76
 	@$(RUN) -m experiments.train interpolation $(SIZE) $(ARGS)
 
-generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, FORMATS=mp4,webm,gif,webp,png; FROM=film again (IMAGE=, TO=, VIDEO= where its files are now)
+generate: $(READY) ## a film for PROMPT="..."; SEED=, PRESET=draft|standard|paper, SIZE_OUT=768, STOP=, FORMATS=mp4,webm,gif,webp,png; FROM=film again (IMAGE=, TO=, VIDEO= where its files are now)
 	@$(RUN) -m experiments.generate $(if $(FROM),again "$$FROM" $(MOVED) $(FILM),$(FILMS) text $(SENTENCE) $(FILM))
 
 animate: $(READY) ## IMAGE=picture set in motion
@@ -123,7 +124,7 @@ curve: $(READY) ## how far D^t's clips are from real ones by the number of netwo
 	@$(RUN) -m experiments.curve $(SIZE) $(ARGS)
 
 app: $(VENV)/.app ## the cascade of SIZE as a page at 127.0.0.1: a tab for each use
-	@$(RUN) -m experiments.app $(FILMS) $(ARGS)
+	@$(RUN) -m experiments.app $(FILMS) $(SAMPLED) $(ARGS)
 
 eval-fvd: $(READY) ## Frechet video distance of generated clips (fvd_random without the I3D weights)
 	@$(RUN) -m experiments.evaluate fvd $(SIZE) $(ARGS)

@@ -27,7 +27,7 @@ from experiments.config import Config, load
 from experiments.films import Request
 from experiments.generate import NETWORKS, make_cascade, write_film
 from lightning_modules.media import to_uint8
-from models.cascade import Film, MakeAVideo
+from models.cascade import STOPS, Film, MakeAVideo
 from models.sampling import OF_PRESET, PRESETS, STAGES, CascadeConfig
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def fields_of(gr: Any, use: str) -> dict[str, Any]:
 
 def settings_of(gr: Any, config: Config) -> dict[str, Any]:
     """What every use asks for."""
-    sides = [config.decoder.size, config.sr_low.size, config.sr_high.size]
+    sides = list(films.sides(config))
     with gr.Row():
         return {"seed": gr.Number(0, precision=0, label="Seed, -1 to draw one"),
                 "preset": gr.Dropdown([OWN, *PRESETS], value=OWN, label="Sampling"),
@@ -146,9 +146,10 @@ def action(gr: Any, config: Config, maker: MakeAVideo, use: str, fields: dict[st
         given = {name: values[field] for name, field in fields.items()}
         uploads = [given.pop(name) for name in list(given) if name.startswith("file")]
         maker.config = sampled(config.cascade, given.pop("preset"))
-        wanted = replace(config, generate=replace(config.generate, size_out=int(given.pop("side"))))
+        wanted = replace(config, generate=replace(config.generate, size_out=given.pop("side")))
+        last = STOPS.index(films.last_stage(wanted)) + 1
         maker.on_step = lambda stage, step, steps: progress(
-            (step, steps), desc=f"{STAGES.index(stage) + 1} of {len(STAGES)}, {NETWORKS.get(stage, 'P')}"
+            (step, steps), desc=f"{STAGES.index(stage) + 1} of {last}, {NETWORKS.get(stage, 'P')}"
         )
         start = time.monotonic()
         try:
@@ -234,6 +235,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="make-a-video-") as folder:
         gradio(Path(folder))  # before the minute that networks may take to load
         config = load(arguments[0], arguments[1:], section="generate")
+        films.last_stage(config)  # a side that there is not is told now
         signal.signal(signal.SIGTERM, stop)  # so that what was uploaded is deleted then, too
         blocks = launch(config, make_cascade(config), Path(folder))
         print(

@@ -27,9 +27,6 @@ from models.cascade import MakeAVideo, Stage
 from models.sampling import STAGES
 from models.unet import UNet
 
-NETWORKS = {"prior": "prior", "decoder": "decoder_video", "interpolation": "interpolation", "sr_low": "sr_low_video",
-            "sr_high": "sr_high"}  # fmt: skip
-
 
 @dataclass
 class Bench:
@@ -98,7 +95,7 @@ def call_inputs(config: Config, stage: str, net: nn.Module) -> dict[str, Any]:
 
 def traced(config: Config, stage: str, device: str, autocast: bool) -> Row:
     """Operations and memory of a stage."""
-    net = memory.empty_network(config, NETWORKS[stage])
+    net = memory.empty_network(config, build.film_stages(config)[stage])
     weights = 4 * sum(p.numel() for p in net.parameters())
     found = memory.trace(net, lambda net: net(**call_inputs(config, stage, net)), device, autocast, backward=False)
     alive = np.cumsum([size for _, size in found.events])
@@ -110,8 +107,9 @@ def traced(config: Config, stage: str, device: str, autocast: bool) -> Row:
 def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.dtype) -> Row:
     """The row with the times of some steps of its sampler."""
     name = row.stage
-    net = build.network(config, NETWORKS[name])
-    stage = Stage(net, build.diffusion(config, NETWORKS[name]), size_of(config, name))
+    last = build.film_stages(config)[name]
+    net = build.network(config, last)
+    stage = Stage(net, build.diffusion(config, last), size_of(config, name))
     steps = min(bench.steps, config.cascade.sampling(name).steps)
     cascade = replace(config.cascade, compile=bench.compile and device != "cpu")
     setattr(cascade, name, replace(cascade.sampling(name), steps=steps))
@@ -131,7 +129,7 @@ def measured(config: Config, row: Row, bench: Bench, device: str, dtype: torch.d
 
     work = stage_call(maker, config, name)
     hooks = [net.register_forward_pre_hook(before, with_kwargs=True), net.register_forward_hook(after)]
-    if device != "cpu" or name in ("prior", "decoder", "interpolation"):
+    if device != "cpu" or row.tflop < 1:
         work()  # to warm up
     inside, calls = 0.0, 0
     wait(device)

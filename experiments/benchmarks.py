@@ -67,7 +67,7 @@ def named_rows(root: str) -> list[dict[str, str]]:
     tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.suffix == ".csv" else []
     if not tables or not tables[0].is_file():
         raise FileNotFoundError(
-            f"there is no CSV with the clips' names in '{root}': name prompts, evaluate.prompts=file."
+            f"there is no CSV with the clips' names in '{root}': name clips that have one, or evaluate.prompts=file."
         )
     with tables[0].open(newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if row.get("name")]

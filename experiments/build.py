@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +23,7 @@ from lightning_modules.decoder import DecoderModule
 from lightning_modules.interpolation import InterpolationModule
 from lightning_modules.prior import PriorModule
 from lightning_modules.super_resolution import SuperResolutionModule
+from models import pretrained
 from models.cascade import MakeAVideo, OnStep, Stage
 from models.clip import Clip, build_clip, quick_gelu
 from models.diffusion import Diffusion
@@ -229,20 +231,42 @@ def weights_path(config: Config, stage: str) -> Path:
     FileNotFoundError, which names the command to run, where there are none.
     """
     path = run_folder(config, stage) / "weights.safetensors"
-    own_clip = run_folder(config, "clip") / "weights.safetensors"
     if path.is_file():
         return path
-    for network, last in film_stages(config).items():
-        shipped = Path(config.pretrained) / f"{network}.safetensors"
-        if stage == last and config.pretrained and shipped.is_file() and not own_clip.is_file():
+    told, shipped = "", shipped_path(config, stage)
+    if shipped is not None:
+        own_clip = run_folder(config, "clip") / "weights.safetensors"
+        if not own_clip.is_file():
             return shipped
+        told = f" Those of {config.pretrained} belong to another CLIP than {own_clip}: remove that to use them."
     command = f"make {STAGES[stage].command} SIZE={config.page}"
-    raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.")
+    raise FileNotFoundError(f"there are no trained weights of stage '{stage}' at {path}: run `{command}` first.{told}")
+
+
+def shipped_path(config: Config, stage: str) -> Path | None:
+    """The file that `pretrained` has for a stage, None where it has none."""
+    files = {last: Path(config.pretrained) / f"{name}.safetensors" for name, last in film_stages(config).items()}
+    return files[stage] if config.pretrained and stage in files and files[stage].is_file() else None
 
 
 def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of a finished stage; raises as `weights_path`."""
-    return load_file(weights_path(config, stage))
+    """The averaged weights of a finished stage.
+
+    Raises as `weights_path`, and ValueError for a damaged file, and for one of `pretrained` that is of another network
+    or process than the config's.
+    """
+    path = weights_path(config, stage)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+    if path == shipped_path(config, stage):
+        with torch.device("meta"):
+            net = network(config, stage)
+        size = getattr(section(config, "decoder" if path.stem == "interpolation" else path.stem), "size", 0)
+        what = config.clip.model if stage == "clip" else Stage(net, diffusion(config, stage), size)
+        pretrained.check(path, state, what)
+    return state
 
 
 def load_clip(config: Config) -> Clip:
@@ -263,13 +287,13 @@ def load_clip(config: Config) -> Clip:
         if found != model.sha256:
             raise ValueError(f"{model.pretrained} has SHA-256 {found}, the config says {model.sha256}.")
     try:
-        pretrained = open_clip.create_model(model.name, pretrained=model.pretrained, force_quick_gelu=quick_gelu(model))
+        net = open_clip.create_model(model.name, pretrained=model.pretrained, force_quick_gelu=quick_gelu(model))
     except RuntimeError as error:
         raise ValueError(f"clip.model: {str(error).splitlines()[0]}") from None
-    width = pretrained.text_projection.shape[-1] if hasattr(pretrained, "text_projection") else model.embedding_width
+    width = net.text_projection.shape[-1] if hasattr(net, "text_projection") else model.embedding_width
     if width != model.embedding_width:
         raise ValueError(f"{model.name} has embeddings of {width}, clip.model.embedding_width says otherwise.")
-    return Clip(pretrained, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name), model)
+    return Clip(net, f"{model.name}/{model.pretrained}", open_clip.get_tokenizer(model.name), model)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

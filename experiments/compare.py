@@ -65,15 +65,17 @@ def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
 def before_video(config: Config, device: torch.device) -> Stage:
     """D^t as its training began: D's weights, and temporal layers that are the identity.
 
-    Where its spatial layers were frozen they are D's, so that D^t is enough.
+    Where these are not at hand and its spatial layers were frozen, they are D's.
     """
     net = build.network(config, "decoder_video")
     assert isinstance(net, UNet)
-    if config.decoder_video.freeze_spatial:
+    try:
+        state = build.weights(config, "decoder")
+    except FileNotFoundError:
+        if not config.decoder_video.freeze_spatial:
+            raise
         time = net.temporal_keys()
         state = {key: value for key, value in build.weights(config, "decoder_video").items() if key not in time}
-    else:
-        state = build.weights(config, "decoder")
     net.load_image_weights(state)
     return Stage(
         net.to(device).eval().requires_grad_(False), build.diffusion(config, "decoder_video"), config.decoder.size

@@ -272,7 +272,10 @@ def pages(size: str, schema: DictConfig) -> list[DictConfig]:
     check_keys(page, schema, path.name, {})
     merge(schema, page, path.name)  # wrong types are found here, where the file is known
     base = page.get("extends")
-    return [*pages(base, schema), page] if base else [page]
+    before = pages(base, schema) if base else []
+    for each in before:  # weights are of the page that names them, not of one with other networks or data
+        each.pop("pretrained", None)
+    return [*before, page]
 
 
 def merge(base: DictConfig, change: Any, where: str) -> DictConfig:

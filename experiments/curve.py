@@ -41,10 +41,9 @@ POINTS: dict[str, tuple[str, float, tuple[int, ...]]] = {
 }
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 STYLE = (
-    "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}polyline{fill:none;stroke-width:2}"
-    ".c2{stroke:#3a8f4d;fill:#3a8f4d}polyline.c2{fill:none}text.c2{fill:#3a8f4d;stroke:none}"
-    ".c0{stroke:#0b6cb0;fill:#0b6cb0}.c1{stroke:#d1495b;fill:#d1495b}polyline.c0,polyline.c1{fill:none}"
-    "text.c0{fill:#0b6cb0;stroke:none}text.c1{fill:#d1495b;stroke:none}"
+    "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}"
+    ".c0{stroke:#0b6cb0;fill:#0b6cb0}.c1{stroke:#d1495b;fill:#d1495b}.c2{stroke:#3a8f4d;fill:#3a8f4d}"
+    "polyline.curve{fill:none;stroke-width:2}text.c0,text.c1,text.c2{stroke:none}"
 )
 
 
@@ -56,7 +55,8 @@ class Measure:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings, self.fps = config.evaluate, config.cascade.fps
         self.maker = make_cascade(config)
-        self.fvd = FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
+        fvd = FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
+        self.fvd = fvd.to(self.maker.device)
         task = folder_task(config)
         self.texts, clips = task.prompts, some(task.clips, len(task.prompts), config.seed)
         self.seeds = [sample_seed(config.seed, k) for k in range(len(self.texts))]
@@ -79,11 +79,11 @@ class Measure:
     def features(self, part: slice) -> Tensor:
         """A row for each clip: the features of the distance, then CLIPSIM."""
         clips = as_bytes(self.maker.decode(self.embeddings[part].to(self.maker.device), self.fps, self.seeds[part]))
-        scores = [CLIPSIM(self.maker.clip) for _ in clips]
+        scores = [CLIPSIM(self.maker.clip).to(clips.device) for _ in clips]
         for score, clip, text in zip(scores, clips, self.texts[part], strict=True):
             score.update(clip[None], [text])
         likeness = torch.stack([score.compute().float() for score in scores])
-        return torch.cat((self.fvd.features(clips), likeness[:, None].to(clips.device)), dim=1)
+        return torch.cat((self.fvd.features(clips), likeness[:, None]), dim=1)
 
     def point(self, sampling: SamplingConfig) -> tuple[float, float]:
         """Distance from real clips, and CLIPSIM, of D^t sampled so."""
@@ -149,9 +149,10 @@ def by_guidance(config: Config) -> dict[str, Any]:
 
 def write(config: Config, what: str, result: dict[str, Any], panels: list[str]) -> None:
     """The numbers and their picture."""
-    path = build.run_folder(config, "curve") / f"{what}.json"
-    path.write_text(json.dumps(result, indent=2))
-    path.with_suffix(".svg").write_text(picture(panels))
+    path = build.run_folder(config, "curve") / what
+    for suffix, text in ((".json", json.dumps(result, indent=2)), (".svg", picture(panels))):
+        with whole(path.with_suffix(suffix)) as part:
+            part.write_text(text)
     print(path.with_suffix(".svg"))
 
 

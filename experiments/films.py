@@ -86,14 +86,21 @@ def make(config: Config, request: Request, maker: MakeAVideo) -> Film:
 
 
 def settled(config: Config, request: Request) -> Request:
-    """The request with the stage that its film ends with. ValueError where no stage makes a film of that size."""
-    if request.stop:
-        return request
-    sides = {config.decoder.size: "interpolated", config.sr_low.size: "low", config.sr_high.size: "high"}
-    side = config.generate.size_out or config.sr_high.size
-    if side not in sides:
-        raise ValueError(f"no stage makes films of {side} pixels: SIZE_OUT is one of {', '.join(map(str, sides))}.")
-    return replace(request, stop=sides[side])
+    """The request with the stage that its film ends with."""
+    return request if request.stop else replace(request, stop=last_stage(config))
+
+
+def sides(config: Config) -> dict[int, str]:
+    """The sides in pixels that films can have -> the stage that they end with."""
+    return {config.decoder.size: "interpolated", config.sr_low.size: "low", config.sr_high.size: "high"}
+
+
+def last_stage(config: Config) -> str:
+    """The stage that makes generate.size_out. ValueError where none does."""
+    side, known = config.generate.size_out or config.sr_high.size, sides(config)
+    if side not in known:
+        raise ValueError(f"no stage makes films of {side} pixels: SIZE_OUT is one of {', '.join(map(str, known))}.")
+    return known[side]
 
 
 def of_text(maker: MakeAVideo, request: Request) -> Film:

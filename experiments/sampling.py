@@ -162,7 +162,7 @@ def made_of(config: Config, output: str) -> dict[str, str]:
             stage = "decoder" if stage == "decoder_video" else stage
             parts[f"cascade.{stage}"] = asdict(getattr(cascade, stage))
     stages = ("prior", "decoder", "interpolation", "sr_low", "sr_high")
-    parts["cascade"] = {key: value for key, value in asdict(cascade).items() if key not in stages}
+    parts["cascade"] = {key: value for key, value in asdict(cascade).items() if key not in (*stages, "preset")}
     parts["evaluate.output"], parts["frame rate"] = output, rate(config, output)
     parts["seed"] = sample_seed(config.seed, 0)  # a number that another rule for seeds changes
     parts["decoder.trainer.precision"] = build.precision(config.decoder.trainer.precision)

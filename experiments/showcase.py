@@ -11,6 +11,7 @@ They go to `<runs>/<size>/showcase/`. Films are as large as generate.size_out ma
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.filters import FilterConfig
 from experiments import build, films
 from experiments.benchmarks import prompted
 from experiments.cli import for_people
@@ -97,18 +97,20 @@ def stills(config: Config) -> Tensor:
     key = next(iter(config.data.filters.without), "")
     if not key or not some:
         return torch.zeros(0)
-    filters = FilterConfig(only={key: [clip.key for clip, _ in some]})
-    chosen = replace(config, data=replace(config.data, filters=filters))
-    side = max(config.clip.model.image_size, config.decoder.size)
-    return build.stills(chosen, config.decoder, side, None).preview(len(some))["image"]
+    side, found = max(config.clip.model.image_size, config.decoder.size), list[Tensor]()
+    for clip, _ in some:
+        filters = replace(config.data.filters, only={**config.data.filters.only, key: [clip.key]})
+        chosen = replace(config, data=replace(config.data, filters=filters))
+        with suppress(ValueError):  # a clip whose still the shards have not
+            found.append(build.stills(chosen, config.decoder, side, None).preview(1)["image"])
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def of_stills(config: Config, maker: MakeAVideo, folder: Path) -> int:
     """animated.gif and animated.png; returns of how many stills."""
     pictures, made, fps = stills(config), list[Tensor](), 1.0
     for k, picture in enumerate(pictures):
-        stop = films.settled(config, Request("animate", inputs=("",))).stop
-        clip, fps = drawn(uses.animate(maker, picture[None], [sample_seed(config.seed, k)], stop))
+        clip, fps = drawn(uses.animate(maker, picture[None], [sample_seed(config.seed, k)], films.last_stage(config)))
         made.append(clip)
     if made:
         small = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bilinear", antialias=True) / 127.5 - 1

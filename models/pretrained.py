@@ -29,7 +29,7 @@ from models.prior import Prior, PriorConfig
 from models.sampling import STAGES, CascadeConfig, SamplingConfig
 from models.unet import UNet, UNetConfig
 
-FORMAT = 2
+FORMAT = 3
 VOCABULARY = "vocabulary.txt.gz"
 TRAINING = ("dropout", "checkpoint_activations", "min_snr_gamma", "vlb_weight")  # what no film depends on
 
@@ -142,6 +142,20 @@ def load_weights(net: nn.Module, path: Path, sha256: str) -> None:
         raise ValueError(f"{path} is of another network: {str(error).splitlines()[-1].strip()}") from None
 
 
+def check(path: Path, state: dict[str, Tensor], what: Stage | ClipConfig) -> None:
+    """Raises ValueError where weights read from a file of such a folder are not those of its page, or not of `what`."""
+    page = json.loads((path.parent / "config.json").read_text())
+    if digest(state) != page["sha256"][path.stem]:
+        raise ValueError(f"{path} is not the file that its config.json was written with.")
+    if isinstance(what, ClipConfig):
+        wanted, found = asdict(replace(what, pretrained="", sha256="")), page["clip"]["config"]
+    else:
+        wanted, found = for_films(description(what)), for_films(page["stages"][path.stem])
+    wanted = json.loads(json.dumps(wanted))
+    if differ := [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]:
+        raise ValueError(f"{path} was trained with another {', '.join(differ)} than this config has.")
+
+
 def networks(maker: MakeAVideo) -> dict[str, nn.Module]:
     """All six, CLIP first."""
     return {"clip": maker.clip.model, **{name: stage.net for name, stage in maker.stages().items()}}
@@ -153,7 +167,7 @@ def model_digest(maker: MakeAVideo) -> str:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of weights: names, shapes and values in the order of the names, the same in half precision as in full."""
+    """SHA-256 of weights: names, shapes and values, float16 as the float32 that they are, in the order of the names."""
     whole = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()

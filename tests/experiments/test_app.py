@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ import pytest
 from PIL import Image
 
 from experiments import app
+from experiments.config import load
+from experiments.generate import make_cascade
 from lightning_modules.media import read_note
 from models.sampling import CascadeConfig, SamplingConfig
 
@@ -137,6 +141,21 @@ def test_a_person_makes_films(address: str, browser: Any, page: Path, tmp_path: 
     assert [entry for entry in listening if int(entry.split(":")[1], 16) == port] == [f"0100007F:{port:04X}"]
     outside = [a for a in browser.asked() if not a.startswith((address, "data:", "blob:", "about:"))]
     assert not outside, outside
+
+
+def test_a_film_has_the_side_that_was_chosen(page: Path, tmp_path: Path) -> None:
+    """It ends with the stage of that side, and so does the progress."""
+    parts = ("Progress", "Warning", "Error", "DownloadButton")
+    gr = SimpleNamespace(**{name: lambda *_, **__: None for name in parts})
+    config = replace(load(str(page)), runs=str(tmp_path))
+    fields = {name: name for name in ("prompt", "side", "preset")}
+    make = app.action(gr, config, make_cascade(config=load(str(page))), "text", fields)
+    steps: list[str] = []
+    given = {"prompt": "a fox", "side": config.decoder.size, "preset": "draft"}
+    path, told, *_ = make(given, lambda _, desc: steps.append(desc))
+    note = read_note(Path(path))
+    assert note["stop"] == "interpolated" and note["cascade"]["preset"] == "draft" and "16 x 16" in told
+    assert steps[0].startswith("1 of 3, P") and steps[-1].startswith("3 of 3, upF")
 
 
 def test_without_gradio_there_is_a_sentence(

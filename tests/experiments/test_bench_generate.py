@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import bench_generate
-from experiments.bench_generate import Bench, call_inputs, chunks, main, traced
+from experiments.bench_generate import Bench, alone, call_inputs, chunks, main, traced
 from experiments.config import load, sizes
 from models.sampling import STAGES
 
@@ -26,6 +26,12 @@ def test_rows_of_a_film(page: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert row["rate"] > 0 and row["bare"] > 0 and 0 <= row["overhead"] < 1
         assert row["seconds"] > 0 and row["memory"] > 0 and row["tflop"] > 0
     assert "micro: a film takes" in text
+
+
+def test_the_network_alone_is_called_as_often_in_its_precision() -> None:
+    seen = []
+    rate = alone(lambda: seen.append(torch.ones(2, 2) @ torch.ones(2, 2)), 3, "cpu", torch.bfloat16)
+    assert [x.dtype for x in seen] == [torch.bfloat16] * 3 and rate > 0 and seen[0].is_inference()
 
 
 def test_calls_and_inputs_of_a_film() -> None:

@@ -51,8 +51,38 @@ def test_what_was_trained_here_comes_first(boxed: Config, page: Path) -> None:
     with pytest.raises(FileNotFoundError, match="stage 'decoder' .*: run `make train-decoder SIZE="):
         build.weights_path(boxed, "decoder")  # the image network is not in the box: D^t is
     shutil.copytree(trained / "clip", runs / "clip")
-    with pytest.raises(FileNotFoundError, match="stage 'decoder_video' .*: run `make finetune-video"):
+    with pytest.raises(FileNotFoundError, match="stage 'decoder_video' .*make finetune-video.*belong to another"):
         build.cascade(boxed)
+    shutil.rmtree(runs / "clip")
+    assert build.cascade(boxed)
+
+
+def test_a_file_that_is_not_the_pages_is_refused(boxed: Config, box: Path, tmp_path: Path) -> None:
+    """Damaged, of another model, or of another network or process than the page has."""
+    other = shutil.copytree(box, tmp_path / "other")
+    (other / "decoder.safetensors").write_bytes((box / "decoder.safetensors").read_bytes()[:1000])
+    shutil.copy(box / "sr_low.safetensors", other / "sr_high.safetensors")
+    broken = replace(boxed, pretrained=str(other))
+    with pytest.raises(ValueError, match="decoder.safetensors is damaged"):
+        build.weights(broken, "decoder_video")
+    with pytest.raises(ValueError, match="sr_high.safetensors is not the file that its config.json"):
+        build.weights(broken, "sr_high_video")
+    process = replace(boxed.decoder.diffusion, schedule="linear")
+    for wrong, stage, key in (
+        (replace(boxed, decoder=replace(boxed.decoder, diffusion=process)), "interpolation", "diffusion"),
+        (replace(boxed, sr_low=replace(boxed.sr_low, finetune_on_video=False)), "sr_low", "temporal"),
+        (replace(boxed, clip=replace(boxed.clip, model=replace(boxed.clip.model, head_width=8))), "clip", "head_width"),
+    ):
+        with pytest.raises(ValueError, match=f"was trained with another {key} than this config has"):
+            build.weights(wrong, stage)
+
+
+def test_a_page_that_extends_another_has_none_of_its_weights(box: Path, page: Path, tmp_path: Path) -> None:
+    own, further = tmp_path / "own.yaml", tmp_path / "further.yaml"
+    own.write_text(page.read_text() + f"pretrained: {box}\n")
+    further.write_text(f"extends: {own}\nseed: 3\n")
+    assert load(str(own)).pretrained == str(box) and load(str(further)).pretrained == ""
+    assert load(str(further)).clip.model == load(str(own)).clip.model
 
 
 def test_the_side_of_a_film_ends_it(boxed: Config) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,14 +60,19 @@ def test_before_video_frames_are_pictures_and_one_still_is_the_first(listed: Con
     assert torch.equal(whole[:, :, 0], changed[:, :, 0])
 
 
-def test_of_a_frozen_decoder_its_pictures_are_in_its_clips_network(listed: Config) -> None:
-    """The demo freezes D while time is learnt, so D^t alone says what it began as."""
+def test_of_a_frozen_decoder_its_pictures_are_in_its_clips_network(listed: Config, tmp_path: Path) -> None:
+    """The demo freezes D while time is learnt, so D^t alone says what it began as, where D is not at hand."""
     assert listed.decoder_video.freeze_spatial
-    joint = replace(listed, decoder_video=replace(listed.decoder_video, freeze_spatial=False))
-    own, of_d = (compare.before_video(config, torch.device("cpu")).net for config in (listed, joint))
+    alone = replace(listed, runs=str(tmp_path / "runs"))
+    kept = build.run_folder(alone, "decoder_video")
+    shutil.copytree(build.run_folder(listed, "decoder_video"), kept)
+    own, of_d = (compare.before_video(config, torch.device("cpu")).net for config in (alone, listed))
     assert isinstance(own, UNet)
     for key in set(own.state_dict()) - own.temporal_keys():
         torch.testing.assert_close(own.state_dict()[key], of_d.state_dict()[key], rtol=1e-6, atol=1e-7)
+    with pytest.raises(FileNotFoundError, match="make train-decoder"):
+        joint = replace(alone, decoder_video=replace(listed.decoder_video, freeze_spatial=False))
+        compare.before_video(joint, torch.device("cpu"))
 
 
 def test_the_command_writes_its_table(listed: Config, page: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,9 @@ class Means:
     def __init__(self, *_: object) -> None:
         pass
 
+    def to(self, _: object) -> "Means":
+        return self
+
     def features(self, clips: Tensor) -> Tensor:
         return clips.float().mean(dim=(3, 4)).flatten(1)[:, :6]
 
@@ -90,6 +93,16 @@ def test_what_a_number_depends_on_is_in_the_name_of_its_file(page: Path, monkeyp
 
 def test_under_guidance_a_step_is_two_calls() -> None:
     assert curve.calls(SamplingConfig(steps=25)) == 25 and curve.calls(SamplingConfig(steps=25, guidance=2)) == 50
+
+
+def test_ratios_under_guidance_are_of_the_points_themselves(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "FrechetVideoDistance", Means)
+    monkeypatch.setattr(curve, "POINTS", {"ddim": ("ddim", 1.0, (1, 4)), "bent": ("dpmpp_2m", 1.5, (25,))})
+    config = load(str(page), ["evaluate.samples=2", "cascade.decoder.guidance=2", "cascade.frames=2"])
+    found = curve.by_calls(config)
+    assert list(found["distances"]["ddim"]) == [2, 8] and list(found["distances"]["bent"]) == [50]
+    ratio = found["distances"]["bent"][50] / found["distances"]["ddim"][8]
+    assert found["standard"]["over_ddim_250"] == pytest.approx(ratio)
 
 
 def test_by_guidance(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,162 @@
+"""The model in the box: its files, what its very run could see, and the films that it makes.
+
+The data that it was trained on are not in the repository. The configs that its run left behind are, and are held here
+to what they read from files of the same form.
+"""
+
+import csv
+import io
+import json
+import re
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from datamodules.filters import read_names
+from experiments import build, films
+from experiments.config import Config, load
+from experiments.films import Request
+from experiments.generate import make_cascade
+from models.cascade import Film
+
+ROOT = Path(__file__).parents[2]
+BOX = ROOT / "experiments" / "emoji"
+RUNS = sorted(path.parent for path in (BOX / "runs").glob("*/config.yaml"))
+CAPTIONED = ("clip", "prior")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data where the page expects them, whose stills and clips are the demo's under other names.
+
+    Every other one bears the name of a concept that was held out.
+    """
+    demo, folder = ROOT / "experiments" / "demo", tmp_path / "data" / "emoji"
+    held_out = sorted(read_names(str(BOX / "held_out_stills.txt")))
+    trained = sorted(read_names(str(BOX / "clips.txt")) - read_names(str(BOX / "held_out_clips.txt")))
+    names = [name for pair in zip(held_out, trained, strict=False) for name in pair]
+    (folder / "pairs").mkdir(parents=True)
+    (folder / "clips" / "mp4").mkdir(parents=True)
+    with tarfile.open(demo / "pairs" / "00000.tar") as source:
+        for target in ("fluent3d-00000", "fluent3d-00001", "fluentsvg768-00000"):
+            with tarfile.open(folder / "pairs" / f"{target}.tar", "w") as tar:
+                for k, member in enumerate(sorted(source.getmembers(), key=lambda each: each.name)[: 3 * len(names)]):
+                    content = source.extractfile(member).read()  # type: ignore[union-attr]
+                    hexcode = names[k // 3]  # jpg, json and txt of a sample
+                    if member.name.endswith(".json"):
+                        content = json.dumps({**json.loads(content), "hexcode": hexcode}).encode()
+                    info = tarfile.TarInfo(f"{hexcode}.{member.name.rpartition('.')[2]}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    with (demo / "clips" / "clips.csv").open() as file, (folder / "clips" / "clips.csv").open("w") as out:
+        rows = list(csv.DictReader(file))
+        table = csv.DictWriter(out, rows[0].keys())
+        table.writeheader()
+        for row, name in zip(rows, names, strict=False):
+            (folder / "clips" / "mp4" / f"{name}.mp4").symlink_to(demo / "clips" / "mp4" / f"{row['videoid']}.mp4")
+            table.writerow({**row, "videoid": name})
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_what_a_stage_of_the_run_has_seen(run: Path, here: Path) -> None:
+    """Captions with CLIP and P alone; no clip of a held-out concept, nor a still of those that are held out whole."""
+    stage, config = run.name, load(str(run / "config.yaml"))
+    clips, stills = (read_names(str(BOX / f"held_out_{what}.txt")) for what in ("clips", "stills"))
+    batch = build.datamodule(config, stage).preview(200)
+    kind = "video" if stage.endswith("video") or stage == "interpolation" else "image"
+    wanted = {"key", kind} | ({"text"} if stage in CAPTIONED else {"fps"} if kind == "video" else set())
+    assert set(batch) == wanted
+    seen = {Path(key).stem for key in batch["key"]}
+    assert seen and seen <= read_names(str(BOX / "clips.txt")) and not seen & (clips if kind == "video" else stills)
+    free = replace(config.data, clips_without="", filters=replace(config.data.filters, without={}))
+    every = {Path(key).stem for key in build.datamodule(replace(config, data=free), stage).preview(200)["key"]}
+    assert every - seen == every & (clips if kind == "video" else stills) != set()  # the lists alone keep them out
+
+
+def test_the_run_was_whole() -> None:
+    """A config, the log and a summary of every stage; the page has not changed since but in how films are sampled."""
+    page = load("emoji")
+    assert {run.name for run in RUNS} == set(build.wanted(page))
+    for run in RUNS:
+        config, summary = load(str(run / "config.yaml")), json.loads((run / "summary.json").read_text())
+        own = build.section(config, run.name)
+        assert summary["steps"] == own.trainer.max_steps and own == build.section(page, run.name)
+        assert replace(config.data, changed=False) == page.data
+        assert len((run / "metrics.csv").read_text().splitlines()) > own.trainer.max_steps / own.trainer.log_every / 2
+
+
+def test_held_out_are_enough() -> None:
+    clips, stills = (read_names(str(BOX / f"held_out_{what}.txt")) for what in ("clips", "stills"))
+    assert len(clips) >= 40 and len(stills) >= 20 and stills <= clips <= read_names(str(BOX / "clips.txt"))
+
+
+def test_files_of_the_box() -> None:
+    """Half precision, none larger than 16 MiB, all at most 80."""
+    files = list((BOX / "pretrained").iterdir())
+    assert {path.name for path in files} >= {f"{name}.safetensors" for name in build.film_stages(load("emoji"))}
+    assert max(path.stat().st_size for path in files) <= 16 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 80 * 2**20
+    for path in files:
+        if path.suffix == ".safetensors":
+            kinds = {value.dtype for value in load_file(path).values() if value.is_floating_point()}
+            assert kinds == {torch.float16}, path.name
+
+
+def test_the_page_is_that_of_the_weights(tmp_path: Path) -> None:
+    maker = build.cascade(load("emoji", [f"runs={tmp_path}"]))
+    assert maker.digest() == json.loads((BOX / "pretrained" / "config.json").read_text())["model"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    runs = tmp_path_factory.mktemp("runs")
+    return load("emoji", [f"runs={runs}", "cascade.preset=draft", "cascade.frames=4", "cascade.skip=2"])
+
+
+@pytest.fixture(scope="module")
+def film(config: Config) -> Film:
+    """Seven frames of 768 pixels: every network has been at work."""
+    maker = make_cascade(config, on_step=lambda *_: None)
+    return films.make(config, Request(prompt="a 3D emoji of a rocket", stop="high"), maker)
+
+
+def test_the_background_is_white_and_still(film: Film) -> None:
+    """A border of a sixteenth of the side, where no emoji reaches."""
+    for name, clip in film.clips().items():
+        wide = clip.shape[-1] // 16
+        border = torch.cat((clip[..., :wide, :].flatten(3), clip[..., -wide:, :].flatten(3),
+                            clip[..., :, :wide].flatten(3), clip[..., :, -wide:].flatten(3)), dim=3)  # fmt: skip
+        white = (1 - border).abs().mean() / 2
+        moving = (border[:, :, 1:] - border[:, :, :-1]).abs().mean() / 2
+        assert white < 0.02 and moving < 0.01, (name, float(white), float(moving))
+
+
+def test_the_first_and_the_last_stage_agree_in_colour(film: Film) -> None:
+    """The mean colour of every frame within 2 % of the range; and there is something on the white."""
+    assert film.interpolated is not None and film.high is not None
+    for later in (film.low, film.high):
+        assert later is not None
+        first, last = (clip[0].mean(dim=(2, 3)) for clip in (film.interpolated, later))
+        assert ((first - last).abs() / 2).max() < 0.02
+    small = F.interpolate(film.high[0].transpose(0, 1), (64, 64), mode="area")
+    assert (small - 1).abs().amax(dim=(1, 2, 3)).min() > 0.5
+    assert torch.equal(film.interpolated[:, :, ::2], film.decoded)  # type: ignore[arg-type]
+
+
+def test_the_card_has_the_numbers_of_the_run() -> None:
+    card = (BOX / "README.md").read_text()
+    assert RUNS
+    for run in RUNS:
+        summary = json.loads((run / "summary.json").read_text())
+        loss = f"{summary['first_loss']:.4f} | {summary['last_loss']:.4f}"
+        title = re.escape(build.STAGES[run.name].title)
+        row = re.search(rf"^\| {title} \|.*$", card, re.MULTILINE)
+        assert row and loss in row[0] and f"{summary['steps']:,}" in row[0], run.name
