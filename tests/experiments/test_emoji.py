@@ -89,7 +89,8 @@ def test_the_run_was_whole() -> None:
         config, summary = load(str(run / "config.yaml")), json.loads((run / "summary.json").read_text())
         own = build.section(config, run.name)
         assert summary["steps"] == own.trainer.max_steps and own == build.section(page, run.name)
-        assert replace(config.data, changed=False) == page.data
+        filters = replace(config.data.filters, missing="drop")  # what the first stages read lacks no key
+        assert replace(config.data, changed=False, filters=filters) == page.data
         assert len((run / "metrics.csv").read_text().splitlines()) > own.trainer.max_steps / own.trainer.log_every / 2
 
 
