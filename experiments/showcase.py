@@ -1,9 +1,9 @@
 """`python -m experiments.showcase SIZE [key=value ...]`: pictures of what a size has learnt, for its card.
 
     training.png   what D made of the CLIP embeddings of one batch of stills, as its training went on
-    films.gif      films of the names in the CSV of data.clips: of concepts trained on, of those whose motion was never
+    films.webp      films of the names in the CSV of data.clips: of concepts trained on, of those whose motion was never
                    seen, and of those never seen at all, a row each (`experiments.compare` says how they are told apart)
-    animated.gif   stills whose motion was never seen, above, and each set in motion, below
+    animated.webp   stills whose motion was never seen, above, and each set in motion, below
     animated.png   frames of the latter, a row each, after the still
 
 They go to `<runs>/<size>/showcase/`. Films are as large as generate.size_out makes them, and drawn at 128 pixels.
@@ -77,7 +77,7 @@ def grid(rows: list[list[Tensor]]) -> Tensor:
 
 
 def of_sentences(config: Config, maker: MakeAVideo, folder: Path) -> dict[str, list[str]]:
-    """films.gif; returns the names that its rows are of, by what was seen of them."""
+    """films.webp; returns the names that its rows are of, by what was seen of them."""
     found, rows, fps = dict[str, list[str]](), list[list[Tensor]](), 1.0
     for kind, some in concepts(replace(config, evaluate=replace(config.evaluate, samples=COLUMNS))).items():
         found[kind], row = [name for _, name in some], []
@@ -87,7 +87,7 @@ def of_sentences(config: Config, maker: MakeAVideo, folder: Path) -> dict[str, l
             row.append(clip)
         rows.append(row)
     if rows:
-        write(folder / "films", grid(rows), fps, "gif")
+        write(folder / "films", grid(rows), fps, "webp")
     return found
 
 
@@ -107,7 +107,7 @@ def stills(config: Config) -> Tensor:
 
 
 def of_stills(config: Config, maker: MakeAVideo, folder: Path) -> int:
-    """animated.gif and animated.png; returns of how many stills."""
+    """animated.webp and animated.png; returns of how many stills."""
     pictures, made, fps = stills(config), list[Tensor](), 1.0
     for k, picture in enumerate(pictures):
         clip, fps = drawn(uses.animate(maker, picture[None], [sample_seed(config.seed, k)], films.last_stage(config)))
@@ -115,7 +115,7 @@ def of_stills(config: Config, maker: MakeAVideo, folder: Path) -> int:
     if made:
         small = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bilinear", antialias=True) / 127.5 - 1
         above = [still[:, None].expand_as(clip) for still, clip in zip(small, made, strict=True)]
-        write(folder / "animated", grid([above, made]), fps, "gif")
+        write(folder / "animated", grid([above, made]), fps, "webp")
         moments = torch.linspace(0, made[0].shape[1] - 1, COLUMNS + 1).round().long()
         rows = [torch.cat((still, rearrange(clip[:, moments], "c f h w -> c h (f w)")), dim=2)
                 for still, clip in zip(small, made, strict=True)]  # fmt: skip

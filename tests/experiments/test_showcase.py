@@ -73,12 +73,12 @@ def test_the_command(page: Path, told: list[str], config: Config, capsys: pytest
     showcase.main([str(page), *told])
     assert "films of 2 sentences, 2 stills set in motion" in capsys.readouterr().out
     folder = build.run_folder(config, "showcase")
-    with Image.open(folder / "animated.gif") as gif, Image.open(folder / "animated.png") as sheet:
+    with Image.open(folder / "animated.webp") as gif, Image.open(folder / "animated.png") as sheet:
         assert gif.size == (2 * showcase.SIDE, 2 * showcase.SIDE) and gif.n_frames == 11
         assert sheet.size == ((showcase.COLUMNS + 2) * showcase.SIDE, 2 * showcase.SIDE)
         first = np.asarray(sheet, dtype=float)[: showcase.SIDE]
         assert np.abs(first[:, : showcase.SIDE] - first[:, showcase.SIDE : 2 * showcase.SIDE]).mean() < 12
-    with Image.open(folder / "films.gif") as gif:
+    with Image.open(folder / "films.webp") as gif:
         assert gif.size == (2 * showcase.SIDE, showcase.SIDE)
     kind, names = (folder / "films.txt").read_text().strip().split(": ")
     assert kind == NEVER_MOVED and len(names.split(", ")) == 2
