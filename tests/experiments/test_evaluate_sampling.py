@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import load_file, save_file
 
 from datamodules.clips import open_video
@@ -136,6 +137,7 @@ def rank(number: int, world: int, port: int, config: Config, folder: Path, kille
         torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK=0)
         os.environ.update({k: str(v) for k, v in torchrun.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+        rank_zero_only.rank = number  # read when Lightning is imported, which the fork server has done already
     torch.set_num_threads(1)
     written = [0]
 
