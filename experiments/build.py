@@ -10,8 +10,6 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from datamodules.image_text import ImageTextDataModule
@@ -256,17 +254,14 @@ def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
     or process than the config's.
     """
     path = weights_path(config, stage)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}).") from None
-    if path == shipped_path(config, stage):
-        with torch.device("meta"):
-            net = network(config, stage)
-        size = getattr(section(config, "decoder" if path.stem == "interpolation" else path.stem), "size", 0)
-        what = config.clip.model if stage == "clip" else Stage(net, diffusion(config, stage), size)
-        pretrained.check(path, state, what)
-    return state
+    if path != shipped_path(config, stage):
+        return pretrained.read_weights(path)
+    if stage == "clip":
+        return pretrained.weights_for(config.clip.model, path)
+    with torch.device("meta"):
+        net = network(config, stage)
+    size = getattr(section(config, "decoder" if path.stem == "interpolation" else path.stem), "size", 0)
+    return pretrained.weights_for(Stage(net, diffusion(config, stage), size), path)
 
 
 def load_clip(config: Config) -> Clip:

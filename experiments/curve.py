@@ -79,11 +79,9 @@ class Measure:
     def features(self, part: slice) -> Tensor:
         """A row for each clip: the features of the distance, then CLIPSIM."""
         clips = as_bytes(self.maker.decode(self.embeddings[part].to(self.maker.device), self.fps, self.seeds[part]))
-        scores = [CLIPSIM(self.maker.clip).to(clips.device) for _ in clips]
-        for score, clip, text in zip(scores, clips, self.texts[part], strict=True):
-            score.update(clip[None], [text])
-        likeness = torch.stack([score.compute().float() for score in scores])
-        return torch.cat((self.fvd.features(clips), likeness[:, None]), dim=1)
+        likeness = CLIPSIM(self.maker.clip).to(clips.device)
+        likeness.update(clips, self.texts[part])
+        return torch.cat((self.fvd.features(clips), likeness.rows("fake")), dim=1)
 
     def point(self, sampling: SamplingConfig) -> tuple[float, float]:
         """Distance from real clips, and CLIPSIM, of D^t sampled so."""

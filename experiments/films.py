@@ -27,8 +27,9 @@ from datamodules.image_text import decode
 from datamodules.pixels import square
 from experiments.config import Config
 from models import uses
-from models.cascade import STOPS, Film, MakeAVideo
+from models.cascade import Film, MakeAVideo
 from models.sampling import CascadeConfig
+from models.stages import check_stop
 
 LARGEST_FILE = 500 * 2**20  # bytes of a picture or a video
 MOST_FRAMES = 64  # of a video that is extended, all of which are in the film
@@ -58,8 +59,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.use not in USES:
             raise ValueError(f"there is no use '{self.use}': it is one of {', '.join(USES)}.")
-        if self.stop and self.stop not in STOPS[1:]:
-            raise ValueError(f"there is no stage '{self.stop}' to stop after: it is one of {', '.join(STOPS[1:])}.")
+        if self.stop:
+            check_stop(self.stop)
         wanted = USES[self.use].inputs
         if len(self.inputs) != len(wanted):
             names = " and ".join(wanted) or "no file"

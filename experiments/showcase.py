@@ -1,9 +1,9 @@
 """`python -m experiments.showcase SIZE [key=value ...]`: pictures of what a size has learnt, for its card.
 
     training.png   what D made of the CLIP embeddings of one batch of stills, as its training went on
-    films.webp      films of the names in the CSV of data.clips: of concepts trained on, of those whose motion was never
+    films.webp     films of the names in the CSV of data.clips: of concepts trained on, of those whose motion was never
                    seen, and of those never seen at all, a row each (`experiments.compare` says how they are told apart)
-    animated.webp   stills whose motion was never seen, above, and each set in motion, below
+    animated.webp  stills whose motion was never seen, above, and each set in motion, below
     animated.png   frames of the latter, a row each, after the still
 
 They go to `<runs>/<size>/showcase/`. Films are as large as generate.size_out makes them, and drawn at 128 pixels.
@@ -79,7 +79,7 @@ def grid(rows: list[list[Tensor]]) -> Tensor:
 def of_sentences(config: Config, maker: MakeAVideo, folder: Path) -> dict[str, list[str]]:
     """films.webp; returns the names that its rows are of, by what was seen of them."""
     found, rows, fps = dict[str, list[str]](), list[list[Tensor]](), 1.0
-    for kind, some in concepts(replace(config, evaluate=replace(config.evaluate, samples=COLUMNS))).items():
+    for kind, some in concepts(config).items():
         found[kind], row = [name for _, name in some], []
         for k, name in enumerate(found[kind]):
             request = Request(prompt=prompted(config.evaluate.prompt, name), seed=sample_seed(config.seed, k))
@@ -93,7 +93,7 @@ def of_sentences(config: Config, maker: MakeAVideo, folder: Path) -> dict[str, l
 
 def stills(config: Config) -> Tensor:
     """Stills of the concepts whose motion was never seen, uint8 `n 3 h w`; none where no list says which."""
-    some = concepts(replace(config, evaluate=replace(config.evaluate, samples=COLUMNS))).get(NEVER_MOVED, [])
+    some = concepts(config).get(NEVER_MOVED, [])
     key = next(iter(config.data.filters.without), "")
     if not key or not some:
         return torch.zeros(0)
@@ -127,7 +127,7 @@ def of_stills(config: Config, maker: MakeAVideo, folder: Path) -> int:
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise ValueError("usage: python -m experiments.showcase SIZE [key=value ...]")
-    config = load(arguments[0], arguments[1:], section="generate")
+    config = load(arguments[0], [*arguments[1:], f"evaluate.samples={COLUMNS}"], section="generate")
     folder = build.run_folder(config, "showcase")
     folder.mkdir(parents=True, exist_ok=True)
     training(config, folder)

@@ -131,29 +131,34 @@ def load_weights(net: nn.Module, path: Path, sha256: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"the model lacks {path}.")
     try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}).") from None
-    if digest(state) != sha256:
-        raise ValueError(f"{path} is not the file that its config.json was written with.")
-    try:
-        net.load_state_dict(state)
+        net.load_state_dict(read_weights(path, sha256))
     except RuntimeError as error:
         raise ValueError(f"{path} is of another network: {str(error).splitlines()[-1].strip()}") from None
 
 
-def check(path: Path, state: dict[str, Tensor], what: Stage | ClipConfig) -> None:
-    """Raises ValueError where weights read from a file of such a folder are not those of its page, or not of `what`."""
-    page = json.loads((path.parent / "config.json").read_text())
-    if digest(state) != page["sha256"][path.stem]:
+def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The weights in a file, those of the digest where one is given. ValueError for others, and for a damaged file."""
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+    if sha256 is not None and digest(state) != sha256:
         raise ValueError(f"{path} is not the file that its config.json was written with.")
+    return state
+
+
+def weights_for(what: Stage | ClipConfig, path: Path) -> dict[str, Tensor]:
+    """The weights in a file of such a folder. ValueError where they are not those of its page, or not of `what`."""
+    page = json.loads((path.parent / "config.json").read_text())
+    state = read_weights(path, page["sha256"][path.stem])
     if isinstance(what, ClipConfig):
-        wanted, found = asdict(replace(what, pretrained="", sha256="")), page["clip"]["config"]
+        wanted, found = shape_of(what), page["clip"]["config"]
     else:
         wanted, found = for_films(description(what)), for_films(page["stages"][path.stem])
     wanted = json.loads(json.dumps(wanted))
     if differ := [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]:
         raise ValueError(f"{path} was trained with another {', '.join(differ)} than this config has.")
+    return state
 
 
 def networks(maker: MakeAVideo) -> dict[str, nn.Module]:
@@ -198,11 +203,16 @@ def for_films(values: Any) -> Any:
 def shapes(maker: MakeAVideo) -> dict[str, Any]:
     """What CLIP and the stages are, but for their weights."""
     clip, config = maker.clip, maker.clip.config
-    shape = None if config is None else asdict(replace(config, pretrained="", sha256=""))  # where weights once lay
+    shape = None if config is None else shape_of(config)
     return {
         "clip": {"name": clip.name, "config": shape, "mean": clip.mean.tolist(), "std": clip.std.tolist()},
         "stages": {name: description(stage) for name, stage in maker.stages().items()},
     }
+
+
+def shape_of(config: ClipConfig) -> dict[str, Any]:
+    """CLIP's shape, without where its weights once lay."""
+    return asdict(replace(config, pretrained="", sha256=""))
 
 
 def description(stage: Stage) -> dict[str, Any]:
