@@ -7,6 +7,9 @@ our cascade    D^t
 before video   D^t as it began, the identity in time: each frame is a picture of its own
 one still      the first of those pictures, as often as there are frames
 
+Where D^t was shown pictures too (`image_share`) and D's weights are not at hand, as with a model in a box, the place of
+"before video" is taken by "image layers": D^t without its temporal layers, the picture network that D has become.
+
 All three are of the same embeddings, P's of the names in the CSV of data.clips, and of the same seeds. Concepts are
 those trained on; those of `data.clips_without` whose stills were trained on, so that no clip of theirs was; and those
 that no stage has seen in any form (`data.filters.without`). The table goes to `<runs>/<size>/compare/` as markdown and
@@ -37,7 +40,7 @@ from lightning_modules.whole import whole
 from models.cascade import MakeAVideo, Stage
 from models.unet import UNet
 
-OURS, BEFORE, STILL, REAL = "our cascade", "before video", "one still", "real clips"
+OURS, BEFORE, IMAGE, STILL, REAL = "our cascade", "before video", "image layers", "one still", "real clips"
 TRAINED, NEVER_MOVED, UNSEEN = "trained on", "still seen, never its motion", "never seen"
 
 
@@ -62,47 +65,52 @@ def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
     return {kind: some[:: max(1, len(some) // n)][:n] for kind, some in found.items() if len(some) > 1}
 
 
-def before_video(config: Config, device: torch.device) -> Stage:
-    """D^t as its training began: D's weights, and temporal layers that are the identity.
+def without_motion(config: Config, device: torch.device) -> tuple[str, Stage]:
+    """BEFORE and D^t as its training began: D's weights, and temporal layers that are the identity.
 
-    Where these are not at hand and its spatial layers were frozen, they are D's.
+    Where D's weights are not at hand: if its spatial layers were frozen, they are D's; if they went on with pictures,
+    IMAGE and D^t with temporal layers that are the identity. Raises FileNotFoundError if neither.
     """
     net = build.network(config, "decoder_video")
     assert isinstance(net, UNet)
+    part, kind = config.decoder_video, BEFORE
     try:
         state = build.weights(config, "decoder")
     except FileNotFoundError:
-        if not config.decoder_video.freeze_spatial:
+        if not part.freeze_spatial and not part.image_share:
             raise
+        kind = BEFORE if part.freeze_spatial else IMAGE
         time = net.temporal_keys()
         state = {key: value for key, value in build.weights(config, "decoder_video").items() if key not in time}
     net.load_image_weights(state)
-    return Stage(
-        net.to(device).eval().requires_grad_(False), build.diffusion(config, "decoder_video"), config.decoder.size
-    )
+    net = net.to(device).eval().requires_grad_(False)
+    return kind, Stage(net, build.diffusion(config, "decoder_video"), config.decoder.size)
 
 
-def made(maker: MakeAVideo, began: Stage, config: Config, names: list[str], first: int) -> dict[str, Tensor]:
+def made(
+    maker: MakeAVideo, baseline: tuple[str, Stage], config: Config, names: list[str], first: int
+) -> dict[str, Tensor]:
     """Clips of each kind, uint8 `b 3 f h w`, of as many prompts, which are samples first, first + 1, ...
 
-    began: D^t as its training began.
+    baseline: as `without_motion` has it.
     """
+    kind, still = baseline
     seeds = [sample_seed(config.seed, first + i) for i in range(len(names))]
     frames, fps = config.cascade.frames, config.cascade.fps
     embedding = maker.embed([prompted(config.evaluate.prompt, name) for name in names], seeds)
     clips = {OURS: maker.decode(embedding, fps, seeds)}
-    trained, maker.decoder = maker.decoder, began
-    clips[BEFORE] = maker.decode(embedding, fps, seeds)
+    trained, maker.decoder = maker.decoder, still
+    clips[kind] = maker.decode(embedding, fps, seeds)
     maker.decoder = trained
-    clips[STILL] = clips[BEFORE][:, :, :1].expand(-1, -1, frames, -1, -1)
-    return {kind: as_bytes(clip) for kind, clip in clips.items()}
+    clips[STILL] = clips[kind][:, :, :1].expand(-1, -1, frames, -1, -1)
+    return {name: as_bytes(clip) for name, clip in clips.items()}
 
 
 def compare(config: Config) -> dict[str, Any]:
     """The scores of each kind of clip on each kind of concept; returns what is written to the JSON file."""
     maker = make_cascade(config)
     maker.on_step = None
-    began, fvd = before_video(config, maker.device), metric(config, "fvd", None).to(maker.device)
+    baseline, fvd = without_motion(config, maker.device), metric(config, "fvd", None).to(maker.device)
     result: dict[str, Any] = {
         "size": config.size,
         "seed": config.seed,
@@ -111,13 +119,13 @@ def compare(config: Config) -> dict[str, Any]:
     }
     for concept, some in concepts(config).items():
         clips, names = [clip for clip, _ in some], [name for _, name in some]
-        rows = {kind: Row(fvd, maker) for kind in (REAL, OURS, BEFORE, STILL)}
+        rows = {kind: Row(fvd, maker) for kind in (REAL, OURS, baseline[0], STILL)}
         for videos, numbers in real_clips(config, clips):
             rows[REAL].add(videos, [prompted(config.evaluate.prompt, names[k]) for k in numbers])
         size = config.evaluate.batch_size
         for first in tqdm(range(0, len(names), size), desc=concept, file=sys.stderr):
             part = names[first : first + size]
-            for kind, videos in made(maker, began, config, part, first).items():
+            for kind, videos in made(maker, baseline, config, part, first).items():
                 rows[kind].add(videos, [prompted(config.evaluate.prompt, name) for name in part])
         result["concepts"][concept] = {
             "n": len(names), "names": names, "rows": {kind: row.scores(rows[REAL]) for kind, row in rows.items()}

@@ -45,9 +45,10 @@ def test_concepts_stand_by_what_was_seen_of_them(listed: Config) -> None:
 def test_before_video_frames_are_pictures_and_one_still_is_the_first(listed: Config) -> None:
     maker = make_cascade(listed)
     maker.on_step = None
-    began = compare.before_video(listed, maker.device)
+    kind, began = baseline = compare.without_motion(listed, maker.device)
+    assert kind == compare.BEFORE
     trained = maker.decoder
-    clips = compare.made(maker, began, listed, ["tiger", "octopus"], first=0)
+    clips = compare.made(maker, baseline, listed, ["tiger", "octopus"], first=0)
     assert maker.decoder is trained
     before, still = clips[compare.BEFORE], clips[compare.STILL]
     assert clips[compare.OURS].shape == before.shape == still.shape and before.dtype == torch.uint8
@@ -66,13 +67,20 @@ def test_of_a_frozen_decoder_its_pictures_are_in_its_clips_network(listed: Confi
     alone = replace(listed, runs=str(tmp_path / "runs"))
     kept = build.run_folder(alone, "decoder_video")
     shutil.copytree(build.run_folder(listed, "decoder_video"), kept)
-    own, of_d = (compare.before_video(config, torch.device("cpu")).net for config in (alone, listed))
-    assert isinstance(own, UNet)
-    for key in set(own.state_dict()) - own.temporal_keys():
-        torch.testing.assert_close(own.state_dict()[key], of_d.state_dict()[key], rtol=1e-6, atol=1e-7)
+    (kind, own), (_, of_d) = (compare.without_motion(config, torch.device("cpu")) for config in (alone, listed))
+    assert kind == compare.BEFORE
+    assert isinstance(own.net, UNet)
+    for key in set(own.net.state_dict()) - own.net.temporal_keys():
+        torch.testing.assert_close(own.net.state_dict()[key], of_d.net.state_dict()[key], rtol=1e-6, atol=1e-7)
+    free = replace(alone, decoder_video=replace(listed.decoder_video, freeze_spatial=False))
     with pytest.raises(FileNotFoundError, match="make train-decoder"):
-        joint = replace(alone, decoder_video=replace(listed.decoder_video, freeze_spatial=False))
-        compare.before_video(joint, torch.device("cpu"))
+        compare.without_motion(free, torch.device("cpu"))
+    # Spatial layers that went on with pictures are a picture network still, but not the one that training began with.
+    joint = replace(free, decoder_video=replace(free.decoder_video, image_share=0.5))
+    kind, layers = compare.without_motion(joint, torch.device("cpu"))
+    assert kind == compare.IMAGE
+    for key in set(own.net.state_dict()) - own.net.temporal_keys():
+        assert torch.equal(layers.net.state_dict()[key], own.net.state_dict()[key])
 
 
 def test_the_command_writes_its_table(listed: Config, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
