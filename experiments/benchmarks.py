@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.filters import read_names
 from datamodules.video_sources import Clip, Problem, list_clips
 from experiments.config import Config
 
@@ -41,11 +42,13 @@ class Task:
 
 
 def folder_task(config: Config, need_prompts: bool = True, need_clips: bool = True) -> Task:
-    """Samples of any prompts, against any clips."""
+    """Samples of any prompts, against any clips; of the page's own clips those that `data.clips_only` names."""
     settings, root = config.evaluate, config.evaluate.clips or config.data.clips
+    listed = config.data.clips_only if root == config.data.clips else ""
+    only = read_names(listed) if listed else None
     texts: list[str] = []
     if need_prompts:
-        texts = read_prompts(Path(settings.prompts)) if settings.prompts else names(root, settings.prompt)
+        texts = read_prompts(Path(settings.prompts)) if settings.prompts else names(root, settings.prompt, only)
         n = settings.samples or len(texts)
         texts = [texts[i % len(texts)] for i in range(n)]
     if not need_clips:
@@ -53,12 +56,16 @@ def folder_task(config: Config, need_prompts: bool = True, need_clips: bool = Tr
     if not root:
         raise ValueError("there are no real clips to compare with: name a folder or shards, as in evaluate.clips=path.")
     clips, problems = list_clips(root)
-    return Task("samples", texts, clips, root, problems)
+    clips = [clip for clip in clips if only is None or clip.key in only]
+    return Task("samples", texts, clips, f"{root}, those in {listed}" if listed else root, problems)
 
 
-def names(root: str, template: str = "{}") -> list[str]:
-    """Prompts from the names of clips in the CSV of their folder, in its order."""
-    return [prompted(template, row["name"]) for row in named_rows(root)]
+def names(root: str, template: str = "{}", only: frozenset[str] | None = None) -> list[str]:
+    """Prompts from the names of clips in the CSV of their folder, in its order; of all, or of these keys."""
+    found = [row["name"] for row in named_rows(root) if only is None or row.get("videoid") in only]
+    if not found:
+        raise ValueError(f"none of the clips in '{root}' that have a name is one that data.clips_only lists.")
+    return [prompted(template, name) for name in found]
 
 
 def named_rows(root: str) -> list[dict[str, str]]:
@@ -67,7 +74,8 @@ def named_rows(root: str) -> list[dict[str, str]]:
     tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.suffix == ".csv" else []
     if not tables or not tables[0].is_file():
         raise FileNotFoundError(
-            f"there is no CSV with the clips' names in '{root}': name clips that have one, or evaluate.prompts=file."
+            f"there is no CSV with the clips' names in '{root}': name clips that have one, or, to make eval-..., "
+            "prompts in a file of their own, evaluate.prompts=file."
         )
     with tables[0].open(newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if row.get("name")]

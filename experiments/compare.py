@@ -12,7 +12,8 @@ Where D^t was shown pictures too (`image_share`) and D's weights are not at hand
 
 All three are of the same embeddings, P's of the names in the CSV of data.clips, and of the same seeds. Concepts are
 those trained on; those of `data.clips_without` whose stills were trained on, so that no clip of theirs was; and those
-that no stage has seen in any form (`data.filters.without`). The table goes to `<runs>/<size>/compare/` as markdown and
+that no stage has seen in any form (in `data.filters.without` too). CLIPSIM is by the cascade's own CLIP or, as in
+`make eval-clipsim`, by `clip_name`. The table goes to `<runs>/<size>/compare/` as markdown and
 JSON.
 """
 
@@ -32,16 +33,19 @@ from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
 from experiments.sampling import sample_seed
-from experiments.scores import metric, real_clips
+from experiments.scores import metric, real_clips, scoring_clip
 from lightning_modules.media import as_bytes
 from lightning_modules.metrics import CLIPSIM, FrechetVideoDistance, frechet_distance
 from lightning_modules.metrics.motion import Motion
 from lightning_modules.whole import whole
 from models.cascade import MakeAVideo, Stage
+from models.clip import Clip as CLIP
 from models.unet import UNet
 
 OURS, BEFORE, IMAGE, STILL, REAL = "our cascade", "before video", "image layers", "one still", "real clips"
 TRAINED, NEVER_MOVED, UNSEEN = "trained on", "still seen, never its motion", "never seen"
+NEVER_STILL = "motion seen, never its still"
+NOT_TAKEN = ("clips", "prompts", "generated", "folder", "output", "fps", "resolution")  # keys of make eval-... alone
 
 
 def named_clips(config: Config) -> list[tuple[Clip, str]]:
@@ -52,17 +56,26 @@ def named_clips(config: Config) -> list[tuple[Clip, str]]:
 
 
 def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
-    """Named clips by what training has seen of them; at most `evaluate.samples` of each kind, spread over the list."""
+    """Named clips by what training has seen of them; at most `evaluate.samples` of each kind, spread over the list.
+
+    Raises ValueError where there are fewer than two of every kind.
+    """
     only = read_names(config.data.clips_only) if config.data.clips_only else None
     no_clip = read_names(config.data.clips_without) if config.data.clips_without else frozenset()
     no_still = frozenset[str]().union(*map(read_names, config.data.filters.without.values()))
-    found: dict[str, list[tuple[Clip, str]]] = {TRAINED: [], NEVER_MOVED: [], UNSEEN: []}
+    found: dict[str, list[tuple[Clip, str]]] = {TRAINED: [], NEVER_MOVED: [], NEVER_STILL: [], UNSEEN: []}
     for clip, name in named_clips(config):
         if only is None or clip.key in only:
-            kind = TRAINED if clip.key not in no_clip else UNSEEN if clip.key in no_still else NEVER_MOVED
-            found[kind].append((clip, name))
-    n = config.evaluate.samples
-    return {kind: some[:: max(1, len(some) // n)][:n] for kind, some in found.items() if len(some) > 1}
+            seen = NEVER_MOVED if clip.key in no_clip else TRAINED
+            unseen = UNSEEN if clip.key in no_clip else NEVER_STILL
+            found[unseen if clip.key in no_still else seen].append((clip, name))
+    if (n := config.evaluate.samples) == 1 or n < 0:
+        raise ValueError(f"samples={n}: a distance needs at least two clips of a kind, and 0 stands for all.")
+    n = n or max(map(len, found.values()))
+    some = {kind: clips[:: max(1, len(clips) // n)][:n] for kind, clips in found.items() if len(clips) > 1}
+    if not some:
+        raise ValueError(f"of the named clips in '{config.data.clips}' fewer than two are in {config.data.clips_only}.")
+    return some
 
 
 def without_motion(config: Config, device: torch.device) -> tuple[str, Stage]:
@@ -111,15 +124,17 @@ def compare(config: Config) -> dict[str, Any]:
     maker = make_cascade(config)
     maker.on_step = None
     baseline, fvd = without_motion(config, maker.device), metric(config, "fvd", None).to(maker.device)
+    clip = scoring_clip(config)
     result: dict[str, Any] = {
         "size": config.size,
         "seed": config.seed,
+        "model": maker.digest(),
         "prompt": config.evaluate.prompt,
         "concepts": {},
     }
     for concept, some in concepts(config).items():
         clips, names = [clip for clip, _ in some], [name for _, name in some]
-        rows = {kind: Row(fvd, maker) for kind in (REAL, OURS, baseline[0], STILL)}
+        rows = {kind: Row(fvd, clip, maker.device) for kind in (REAL, OURS, baseline[0], STILL)}
         for videos, numbers in real_clips(config, clips):
             rows[REAL].add(videos, [prompted(config.evaluate.prompt, names[k]) for k in numbers])
         size = config.evaluate.batch_size
@@ -136,9 +151,9 @@ def compare(config: Config) -> dict[str, Any]:
 class Row:
     """The scores of one kind of clips."""
 
-    def __init__(self, fvd: FrechetVideoDistance, maker: MakeAVideo):
+    def __init__(self, fvd: FrechetVideoDistance, clip: CLIP, device: torch.device):
         self.fvd, self.features = fvd, list[Tensor]()
-        self.clipsim, self.motion = CLIPSIM(maker.clip).to(maker.device), Motion().to(maker.device)
+        self.clipsim, self.motion = CLIPSIM(clip).to(device), Motion().to(device)
 
     def add(self, videos: Tensor, prompts: list[str]) -> None:
         videos = videos.to(self.motion.device)
@@ -147,7 +162,8 @@ class Row:
         self.features.append(self.fvd.features(videos))
 
     def scores(self, real: "Row") -> dict[str, Any]:
-        found = {"clipsim": float(self.clipsim.compute()), "backbone": self.clipsim.summary()["backbone"]}
+        n, backbone = sum(map(len, self.features)), self.clipsim.summary()["backbone"]
+        found = {"n": n, "clipsim": float(self.clipsim.compute()), "backbone": backbone}
         if self is not real:
             found[self.fvd.name] = float(frechet_distance(torch.cat(real.features), torch.cat(self.features)))
         return found | {"motion": float(self.motion.compute()), "correlation": float(self.motion.correlation())}
@@ -165,7 +181,8 @@ def markdown(result: dict[str, Any]) -> str:
     for concept, found in concepts.items():
         for i, (kind, row) in enumerate(found["rows"].items()):
             far = f"{row[distance]:.2f}" if distance in row else ""
-            head = f"{concept}, {found['n']}" if i == 0 else ""
+            few = "" if row["n"] == found["n"] else f", {row['n']} readable"
+            head = f"{concept}, {found['n']}{few}" if i == 0 else ""
             lines.append(
                 f"| {head} | {kind} | {row['clipsim']:.3f} | {far} | {row['motion']:.2f} | {row['correlation']:+.2f} |"
             )
@@ -177,6 +194,9 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise ValueError("usage: python -m experiments.compare SIZE [key=value ...]")
     size, *overrides = arguments
+    for word in overrides:
+        if (key := word.partition("=")[0].removeprefix("evaluate.")) in NOT_TAKEN:
+            raise ValueError(f"'{word}': compare takes D^t's clips of the names in data.clips, and no {key}.")
     config = load(size, overrides, section="evaluate")
     result = compare(config)
     folder = build.run_folder(config, "compare")

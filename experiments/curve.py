@@ -25,7 +25,7 @@ from experiments.cli import for_people
 from experiments.config import Config, load
 from experiments.generate import make_cascade
 from experiments.sampling import sample_seed, short
-from experiments.scores import real_clips
+from experiments.scores import real_clips, scoring_clip
 from lightning_modules.media import as_bytes
 from lightning_modules.metrics import CLIPSIM
 from lightning_modules.metrics.fvd import FrechetVideoDistance, frechet_distance
@@ -55,6 +55,7 @@ class Measure:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings, self.fps = config.evaluate, config.cascade.fps
         self.maker = make_cascade(config)
+        self.clip = scoring_clip(config)
         fvd = FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
         self.fvd = fvd.to(self.maker.device)
         task = folder_task(config)
@@ -62,9 +63,12 @@ class Measure:
         self.seeds = [sample_seed(config.seed, k) for k in range(len(self.texts))]
         cascade = self.maker.config
         self.own = cascade.decoder  # each point has its own sampler, steps or guidance, and the page's rest
-        self.run = short([self.maker.digest(), str(self.maker.dtype), self.fvd.name, getattr(self.fvd, "digest", None),
-                          self.seeds, self.fps, self.texts, [clip.name for clip in clips], cascade.frames,
-                          cascade.candidates, asdict(cascade.sampling("prior")), task.real])  # fmt: skip
+        about = getattr(self.fvd, "digest", None), self.clip.name
+        self.run = short([
+            self.maker.digest(), str(self.maker.dtype), self.fvd.name, *about,
+            self.seeds, self.fps, self.texts, [clip.name for clip in clips], cascade.frames, cascade.candidates,
+            asdict(cascade.sampling("prior")), task.real
+        ])  # fmt: skip
         self.embeddings = self.kept("embeddings", lambda: self.maker.embed(self.texts, self.seeds))
         self.real = self.kept("real", lambda: torch.cat([self.fvd.features(v) for v, _ in real_clips(config, clips)]))
 
@@ -79,7 +83,7 @@ class Measure:
     def features(self, part: slice) -> Tensor:
         """A row for each clip: the features of the distance, then CLIPSIM."""
         clips = as_bytes(self.maker.decode(self.embeddings[part].to(self.maker.device), self.fps, self.seeds[part]))
-        likeness = CLIPSIM(self.maker.clip).to(clips.device)
+        likeness = CLIPSIM(self.clip).to(clips.device)
         likeness.update(clips, self.texts[part])
         return torch.cat((self.fvd.features(clips), likeness.rows("fake")), dim=1)
 

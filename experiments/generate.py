@@ -169,8 +169,10 @@ def film_again(path: Path, overrides: list[str]) -> tuple[tuple[Path, Path], Mak
     maker = make_cascade(config)
     maker.dtype = dtype
     if maker.digest() != note.get("model"):
-        raise ValueError(f"{path} was made by the model {note.get('model')}; that of {build.run_folder(config, '')} is "
-                         f"{maker.digest()}, and would make another film.")  # fmt: skip
+        weights = build.weights_path(config, "decoder_video").parent
+        where = weights if weights == Path(config.pretrained) else build.run_folder(config, "")
+        raise ValueError(f"{path} was made by the model {note.get('model')}; that of {where} is {maker.digest()}, and "
+                         "would make another film.")  # fmt: skip
     return film(config, request, maker), maker
 
 

@@ -89,15 +89,8 @@ def load(
         ValueError: a file that is damaged, or not the one that the page was written with.
     """
     root = Path(folder)
-    path = root / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model in {folder}: it has no config.json.")
+    page = read_page(root)
     try:
-        page = json.loads(path.read_text())
-        if page["format"] != FORMAT:
-            raise ValueError(f"format {page['format']}, where {FORMAT} is known")
-        if together(page["sha256"], page) != page["model"]:
-            raise ValueError("its networks or processes have been edited since it was written")
         name = page["clip"]["name"]
         shape = ClipConfig(**page["clip"]["config"])
         mean, std = torch.tensor(page["clip"]["mean"]), torch.tensor(page["clip"]["std"])
@@ -109,7 +102,7 @@ def load(
         config = config or CascadeConfig(**settings)
         wanted: dict[str, str] = page["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not the page of a model, or damaged ({error}).") from None
+        raise ValueError(f"{root / 'config.json'} is not the page of a model, or damaged ({error}).") from None
     for key, net in {"clip": model, **{key: stage.net for key, stage in stages.items()}}.items():
         load_weights(net, root / f"{key}.safetensors", wanted.get(key, ""))
         if dtype != torch.float32 and key != "clip":
@@ -124,6 +117,22 @@ def load(
     maker = MakeAVideo(clip, **stages, config=config, device=device, dtype=dtype, on_step=on_step)
     maker.weights_digest = page["model"]
     return maker
+
+
+def read_page(root: Path) -> dict[str, Any]:
+    """What the `config.json` of such a folder says. FileNotFoundError without one, ValueError if it is damaged."""
+    path = root / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model in {root}: it has no config.json.")
+    try:
+        page: dict[str, Any] = json.loads(path.read_text())
+        if page["format"] != FORMAT:
+            raise ValueError(f"format {page['format']}, where {FORMAT} is known")
+        if together(page["sha256"], page) != page["model"]:
+            raise ValueError("its networks or processes have been edited since it was written")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the page of a model, or damaged ({error}).") from None
+    return page
 
 
 def load_weights(net: nn.Module, path: Path, sha256: str) -> None:
@@ -149,7 +158,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 def weights_for(what: Stage | ClipConfig, path: Path) -> dict[str, Tensor]:
     """The weights in a file of such a folder. ValueError where they are not those of its page, or not of `what`."""
-    page = json.loads((path.parent / "config.json").read_text())
+    page = read_page(path.parent)
     state = read_weights(path, page["sha256"][path.stem])
     if isinstance(what, ClipConfig):
         wanted, found = shape_of(what), page["clip"]["config"]

@@ -67,6 +67,10 @@ def test_a_file_that_is_not_the_pages_is_refused(boxed: Config, box: Path, tmp_p
         build.weights(broken, "decoder_video")
     with pytest.raises(ValueError, match="sr_high.safetensors is not the file that its config.json"):
         build.weights(broken, "sr_high_video")
+    for text in ("{}", "["):
+        (other / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not the page of a model, or damaged"):
+            build.weights(broken, "prior")
     process = replace(boxed.decoder.diffusion, schedule="linear")
     for wrong, stage, key in (
         (replace(boxed, decoder=replace(boxed.decoder, diffusion=process)), "interpolation", "diffusion"),

@@ -37,8 +37,34 @@ def test_concepts_stand_by_what_was_seen_of_them(listed: Config) -> None:
     keys = (Path(listed.data.clips_only)).read_text().split("  # of the demo\n")[:-1]
     assert found[compare.TRAINED] == keys[:4]  # the first of six that stand one apart
     assert found[compare.NEVER_MOVED] == keys[6:8] and found[compare.UNSEEN] == keys[8:]
-    everything = compare.concepts(replace(listed, data=replace(listed.data, clips_only="", clips_without="")))
-    assert list(everything) == [compare.TRAINED]
+    free = replace(listed, data=replace(listed.data, clips_only="", clips_without=""))
+    assert list(compare.concepts(free)) == [compare.TRAINED, compare.NEVER_STILL]  # stills are held out alone
+    none = replace(free, data=replace(free.data, filters=replace(free.data.filters, without={})))
+    assert list(compare.concepts(none)) == [compare.TRAINED]
+    every = compare.concepts(replace(none, evaluate=replace(none.evaluate, samples=0)))
+    assert len(every[compare.TRAINED]) == len(compare.named_clips(none))
+
+
+def test_lists_and_numbers_that_leave_nothing_to_compare(listed: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="samples=1.*at least two"):
+        compare.concepts(replace(listed, evaluate=replace(listed.evaluate, samples=1)))
+    (tmp_path / "other.txt").write_text("nothing\n")
+    other = replace(listed, data=replace(listed.data, clips_only=str(tmp_path / "other.txt")))
+    with pytest.raises(ValueError, match="fewer than two are in .*other.txt"):
+        compare.concepts(other)
+
+
+@pytest.mark.parametrize("word", ["clips=elsewhere", "evaluate.output=high"])
+def test_settings_that_it_does_not_read_are_refused(word: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: '{word}': compare takes D\\^t's clips"):
+        compare.main(["tiny", word])
+
+
+def test_a_clip_that_cannot_be_read_is_told() -> None:
+    row = {"clipsim": 0.5, "motion": 1.0, "correlation": 0.0}
+    rows = {compare.REAL: {**row, "n": 3}, compare.OURS: {**row, "n": 4, "fvd_random": 1.0}}
+    table = compare.markdown({"concepts": {compare.TRAINED: {"n": 4, "rows": rows}}})
+    assert "| trained on, 4, 3 readable | real clips | 0.500 |  |" in table
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from experiments import build
@@ -29,6 +30,7 @@ def rank(number: int, port: int, jobs: Connection) -> None:
     torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_RANK=0)
     os.environ.update({k: str(v) for k, v in torchrun.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    rank_zero_only.rank = number  # read when Lightning is imported, which the fork server has done already
     torch.set_num_threads(1)
     quiet()
     # inductor takes minutes for what this shows: that networks which are split and recomputed can be traced

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from datamodules.filters import read_names
-from experiments import build, films
-from experiments.config import Config, load
+from experiments import build, compare, films
+from experiments.config import Config, VideoStage, load
 from experiments.films import Request
 from experiments.generate import make_cascade
+from models import uses
 from models.cascade import Film
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,12 @@ def test_what_a_stage_of_the_run_has_seen(run: Path, here: Path) -> None:
     free = replace(config.data, clips_without="", filters=replace(config.data.filters, without={}))
     every = {Path(key).stem for key in build.datamodule(replace(config, data=free), stage).preview(200)["key"]}
     assert every - seen == every & (clips if kind == "video" else stills) != set()  # the lists alone keep them out
+    part = build.section(config, stage)
+    if isinstance(part, VideoStage) and part.image_share:  # pictures are shown with the clips
+        size = config.decoder.size
+        shown = build.stills(config, part, size, None).preview(200)
+        assert set(shown) == {"key", "image"}
+        assert (seen := {Path(key).stem for key in shown["key"]}) and not seen & stills
 
 
 def test_the_run_was_whole() -> None:
@@ -116,6 +123,12 @@ def test_the_page_is_that_of_the_weights(tmp_path: Path) -> None:
     assert maker.digest() == json.loads((BOX / "pretrained" / "config.json").read_text())["model"]
 
 
+def test_the_page_has_the_shapes_of_the_paper() -> None:
+    page = load("emoji")
+    assert [page.decoder.size, page.sr_low.size, page.sr_high.size] == [64, 256, 768] and page.generate.size_out == 256
+    assert (page.cascade.frames, (page.cascade.frames - 1) * page.cascade.skip + 1) == (16, 76)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     runs = tmp_path_factory.mktemp("runs")
@@ -129,15 +142,33 @@ def film(config: Config) -> Film:
     return films.make(config, Request(prompt="a 3D emoji of a rocket", stop="high"), maker)
 
 
+def check_background(name: str, clip: torch.Tensor, where: torch.Tensor) -> None:
+    """Pixels of all frames `b 3 f h w` are white, and stay so, in these places `h w`."""
+    background = clip[..., where]
+    white = (1 - background).abs().mean() / 2
+    moving = (background[:, :, 1:] - background[:, :, :-1]).abs().mean() / 2
+    assert white < 0.02 and moving < 0.01, (name, float(white), float(moving))
+
+
 def test_the_background_is_white_and_still(film: Film) -> None:
     """A border of a sixteenth of the side, where no emoji reaches."""
     for name, clip in film.clips().items():
-        wide = clip.shape[-1] // 16
-        border = torch.cat((clip[..., :wide, :].flatten(3), clip[..., -wide:, :].flatten(3),
-                            clip[..., :, :wide].flatten(3), clip[..., :, -wide:].flatten(3)), dim=3)  # fmt: skip
-        white = (1 - border).abs().mean() / 2
-        moving = (border[:, :, 1:] - border[:, :, :-1]).abs().mean() / 2
-        assert white < 0.02 and moving < 0.01, (name, float(white), float(moving))
+        side, wide = clip.shape[-1], clip.shape[-1] // 16
+        where = torch.ones(side, side, dtype=torch.bool)
+        where[wide:-wide, wide:-wide] = False
+        check_background(name, clip, where)
+
+
+def test_a_still_that_is_animated_keeps_its_background(config: Config) -> None:
+    """A red ball on white: where the still is white, an eighth of the side away from the ball, so is the film."""
+    maker = make_cascade(config, on_step=lambda *_: None)
+    y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    far = ((y - 128) ** 2 + (x - 128) ** 2).sqrt()
+    still = torch.full((1, 3, 256, 256), 255, dtype=torch.uint8)
+    still[:, 0, far < 80], still[:, 1:, far < 80] = 220, 30
+    film = uses.animate(maker, still, [0], "interpolated")
+    for name, clip in film.clips().items():
+        check_background(name, clip, (far > 112)[2::4, 2::4])
 
 
 def test_the_first_and_the_last_stage_agree_in_colour(film: Film) -> None:
@@ -154,6 +185,7 @@ def test_the_first_and_the_last_stage_agree_in_colour(film: Film) -> None:
 
 def test_the_card_has_the_numbers_of_the_run() -> None:
     card = (BOX / "README.md").read_text()
+    assert json.loads((BOX / "pretrained" / "config.json").read_text())["model"] in card
     assert RUNS
     for run in RUNS:
         summary = json.loads((run / "summary.json").read_text())
@@ -161,3 +193,9 @@ def test_the_card_has_the_numbers_of_the_run() -> None:
         title = re.escape(build.STAGES[run.name].title)
         row = re.search(rf"^\| {title} \|.*$", card, re.MULTILINE)
         assert row and loss in row[0] and f"{summary['steps']:,}" in row[0], run.name
+
+
+def test_the_table_of_the_readme_is_of_these_weights() -> None:
+    result = json.loads((BOX / "compare.json").read_text())
+    assert result["model"] == json.loads((BOX / "pretrained" / "config.json").read_text())["model"]
+    assert compare.markdown(result) in (ROOT / "README.md").read_text()

@@ -221,6 +221,22 @@ def test_any_clips_and_any_prompts(tmp_path: Path) -> None:
         folder_task(replace(with_(config, clips=""), data=replace(config.data, clips="")))
 
 
+def test_of_the_pages_own_clips_those_that_it_lists(tmp_path: Path) -> None:
+    """As training reads them; another set of clips is not held to the list."""
+    page = with_(load("tiny"), samples=0)
+    keys = [clip.key for clip in folder_task(page).clips]
+    (tmp_path / "list.txt").write_text("\n".join(keys[3:6]))
+    listed = replace(page, data=replace(page.data, clips_only=str(tmp_path / "list.txt")))
+    task = folder_task(listed)
+    assert [clip.key for clip in task.clips] == keys[3:6] and len(task.prompts) == 3 and "list.txt" in task.real
+    assert set(task.prompts) < set(folder_task(page).prompts)
+    other = folder_task(with_(replace(listed, data=replace(listed.data, clips="elsewhere")), clips=page.data.clips))
+    assert len(other.clips) == len(keys)
+    (tmp_path / "list.txt").write_text("nothing\n")
+    with pytest.raises(ValueError, match="none of the clips .* is one that data.clips_only lists"):
+        folder_task(listed)
+
+
 def test_fewer_real_clips_are_the_beginning_of_more() -> None:
     clips = folder_task(load("tiny")).clips
     assert some(clips, 5, 0) == some(clips, 50, 0)[:5] != some(clips, 5, 1)
