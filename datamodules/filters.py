@@ -37,6 +37,7 @@ class FilterConfig:
     similarity: float | None = None  # drop below, -1..1: CLIP's cosine between picture and caption
     languages: list[str] = field(default_factory=list)  # keep only these codes, as [en, de]; none = off
     only: dict[str, list[str]] = field(default_factory=dict)  # of a key, keep only these values
+    within: dict[str, str] = field(default_factory=dict)  # of a key, keep only the values in the file at this path
     without: dict[str, str] = field(default_factory=dict)  # of a key, drop the values in the file at this path
     missing: str = "error"  # a sample whose metadata lack the key: error | keep | drop
 
@@ -69,6 +70,8 @@ class Filters:
             filters["languages"] = "a code under LANGUAGE or language", partial(foreign, codes=codes)
         for key, kept in config.only.items():
             filters[f"only {key}"] = f"a {key}", partial(other, key=key, kept=frozenset(kept))
+        for key, path in config.within.items():
+            filters[f"within {key}"] = f"a {key}", partial(other, key=key, kept=read_names(path))
         for key, path in config.without.items():
             filters[f"without {key}"] = f"a {key}", partial(listed, key=key, dropped=read_names(path))
         self._filters, self.active = filters, list(filters)

@@ -282,13 +282,18 @@ def test_pictures_are_chosen_by_any_key_of_their_metadata(tmp_path: Path) -> Non
     (tmp_path / "held_out.txt").write_text("# never trained on\n1f680  # rocket\n\n1f98a\n", encoding="utf-8")
     limits: dict[str, Any] = {
         "only": {"group": ["animals", "travel"]},
+        "within": {"hexcode": tmp_path / "learnt.txt"},
         "without": {"hexcode": tmp_path / "held_out.txt"},
     }
-    assert Filters(FilterConfig(**limits)).active == ["only group", "without hexcode"]
+    (tmp_path / "learnt.txt").write_text("1f431  # cat\n1f680\n1f98a\n", encoding="utf-8")
+    assert Filters(FilterConfig(**limits)).active == ["only group", "within hexcode", "without hexcode"]
     assert reason({"group": "animals", "hexcode": "1f431"}, **limits) is None
     assert reason({"group": "flags", "hexcode": "1f431"}, **limits) == "only group"
     assert reason({"group": "travel", "hexcode": "1f680"}, **limits) == "without hexcode"
     assert reason({"group": "animals", "hexcode": "1f98a"}, **limits) == "without hexcode"
+    assert reason({"group": "animals", "hexcode": "1f42d"}, **limits) == "within hexcode"
+    with pytest.raises(MissingKeyError, match="within hexcode needs a hexcode"):
+        reason({"group": "animals"}, **limits)
     with pytest.raises(MissingKeyError, match="only group needs a group"):
         reason({"hexcode": "1f431"}, **limits)
 
@@ -296,6 +301,8 @@ def test_pictures_are_chosen_by_any_key_of_their_metadata(tmp_path: Path) -> Non
 def test_a_list_of_names_that_is_none_ends_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no list of names"):
         reason({}, without={"key": str(tmp_path / "nowhere.txt")})
+    with pytest.raises(FileNotFoundError, match="no list of names"):
+        reason({}, within={"key": str(tmp_path / "nowhere.txt")})
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="no names"):
         reason({}, without={"key": str(tmp_path / "empty.txt")})
