@@ -13,8 +13,7 @@ Where D^t was shown pictures too (`image_share`) and D's weights are not at hand
 All three are of the same embeddings, P's of the names in the CSV of data.clips, and of the same seeds. Concepts are
 those trained on; those of `data.clips_without` whose stills were trained on, so that no clip of theirs was; and those
 that no stage has seen in any form (in `data.filters.without` too). CLIPSIM is by the cascade's own CLIP or, as in
-`make eval-clipsim`, by `clip_name`. The table goes to `<runs>/<size>/compare/` as markdown and
-JSON.
+`make eval-clipsim`, by `clip_name`. The table goes to `<runs>/<size>/compare/` as markdown and JSON.
 """
 
 import json
@@ -45,6 +44,12 @@ from models.unet import UNet
 OURS, BEFORE, IMAGE, STILL, REAL = "our cascade", "before video", "image layers", "one still", "real clips"
 TRAINED, NEVER_MOVED, UNSEEN = "trained on", "still seen, never its motion", "never seen"
 NEVER_STILL = "motion seen, never its still"
+KINDS = {  # are its clips held out, its stills
+    (False, False): TRAINED,
+    (True, False): NEVER_MOVED,
+    (False, True): NEVER_STILL,
+    (True, True): UNSEEN,
+}
 NOT_TAKEN = ("clips", "prompts", "generated", "folder", "output", "fps", "resolution")  # keys of make eval-... alone
 
 
@@ -63,18 +68,18 @@ def concepts(config: Config) -> dict[str, list[tuple[Clip, str]]]:
     only = read_names(config.data.clips_only) if config.data.clips_only else None
     no_clip = read_names(config.data.clips_without) if config.data.clips_without else frozenset()
     no_still = frozenset[str]().union(*map(read_names, config.data.filters.without.values()))
-    found: dict[str, list[tuple[Clip, str]]] = {TRAINED: [], NEVER_MOVED: [], NEVER_STILL: [], UNSEEN: []}
+    found: dict[str, list[tuple[Clip, str]]] = {kind: [] for kind in KINDS.values()}
     for clip, name in named_clips(config):
         if only is None or clip.key in only:
-            seen = NEVER_MOVED if clip.key in no_clip else TRAINED
-            unseen = UNSEEN if clip.key in no_clip else NEVER_STILL
-            found[unseen if clip.key in no_still else seen].append((clip, name))
-    if (n := config.evaluate.samples) == 1 or n < 0:
-        raise ValueError(f"samples={n}: a distance needs at least two clips of a kind, and 0 stands for all.")
-    n = n or max(map(len, found.values()))
+            found[KINDS[clip.key in no_clip, clip.key in no_still]].append((clip, name))
+    samples = config.evaluate.samples
+    if samples == 1 or samples < 0:
+        raise ValueError(f"samples={samples}: a distance needs at least two clips of a kind, and 0 stands for all.")
+    n = samples or max(map(len, found.values()))
     some = {kind: clips[:: max(1, len(clips) // n)][:n] for kind, clips in found.items() if len(clips) > 1}
     if not some:
-        raise ValueError(f"of the named clips in '{config.data.clips}' fewer than two are in {config.data.clips_only}.")
+        listed = f" that {config.data.clips_only} lists" if only else ""
+        raise ValueError(f"'{config.data.clips}' has fewer than two named clips of any kind{listed}.")
     return some
 
 
@@ -124,7 +129,7 @@ def compare(config: Config) -> dict[str, Any]:
     maker = make_cascade(config)
     maker.on_step = None
     baseline, fvd = without_motion(config, maker.device), metric(config, "fvd", None).to(maker.device)
-    clip = scoring_clip(config)
+    clip = scoring_clip(config, maker.clip)
     result: dict[str, Any] = {
         "size": config.size,
         "seed": config.seed,

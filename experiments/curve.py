@@ -55,7 +55,7 @@ class Measure:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings, self.fps = config.evaluate, config.cascade.fps
         self.maker = make_cascade(config)
-        self.clip = scoring_clip(config)
+        self.clip = scoring_clip(config, self.maker.clip)
         fvd = FrechetVideoDistance(settings.i3d or None, settings.i3d_sha256 or None)
         self.fvd = fvd.to(self.maker.device)
         task = folder_task(config)
@@ -63,12 +63,10 @@ class Measure:
         self.seeds = [sample_seed(config.seed, k) for k in range(len(self.texts))]
         cascade = self.maker.config
         self.own = cascade.decoder  # each point has its own sampler, steps or guidance, and the page's rest
-        about = getattr(self.fvd, "digest", None), self.clip.name
-        self.run = short([
-            self.maker.digest(), str(self.maker.dtype), self.fvd.name, *about,
-            self.seeds, self.fps, self.texts, [clip.name for clip in clips], cascade.frames, cascade.candidates,
-            asdict(cascade.sampling("prior")), task.real
-        ])  # fmt: skip
+        self.run = short([self.maker.digest(), str(self.maker.dtype), self.fvd.name, getattr(self.fvd, "digest", None),
+                          self.clip.name, self.seeds, self.fps, self.texts, [clip.name for clip in clips],
+                          cascade.frames, cascade.candidates, asdict(cascade.sampling("prior")),
+                          task.real])  # fmt: skip
         self.embeddings = self.kept("embeddings", lambda: self.maker.embed(self.texts, self.seeds))
         self.real = self.kept("real", lambda: torch.cat([self.fvd.features(v) for v, _ in real_clips(config, clips)]))
 

@@ -47,11 +47,12 @@ def metric(config: Config, score: str, clip: Any) -> Any:
     return (CLIPFrechetDistance if score == "clip_fid" else CLIPSIM)(clip)
 
 
-def scoring_clip(config: Config) -> Clip:
-    """The CLIP of CLIPSIM and CLIP-FID: the cascade's own, or a pretrained one as in published numbers."""
+def scoring_clip(config: Config, own: Clip | None = None) -> Clip:
+    """The CLIP of CLIPSIM and CLIP-FID: the cascade's own (loaded, if it is not given), or a pretrained one as in
+    published numbers."""
     named, pretrained = config.evaluate.clip_name, config.evaluate.clip_pretrained
     if not named:
-        return build.load_clip(config)
+        return own or build.load_clip(config)
     known = open_clip.get_model_config(named)
     if known is None:
         raise ValueError(f"evaluate.clip_name: open_clip has no model '{named}'.")

@@ -86,8 +86,7 @@ def of_sentences(config: Config, maker: MakeAVideo, folder: Path) -> dict[str, l
             clip, fps = drawn(films.make(config, request, maker))
             row.append(clip)
         rows.append(row)
-    if rows:
-        write(folder / "films", grid(rows), fps, "webp")
+    write(folder / "films", grid(rows), fps, "webp")
     return found
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from experiments import build
@@ -54,6 +56,21 @@ def micro(folder: Path) -> Config:
     page = folder / "micro.yaml"
     page.write_text(MICRO.format(runs=folder / "runs"))
     return load(str(page))
+
+
+def become_rank(number: int, world: int, port: int) -> None:
+    """Make this process one of those that torchrun starts."""
+    torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK=0)
+    os.environ.update({k: str(v) for k, v in torchrun.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    rank_zero_only.rank = number  # read when Lightning is imported, which a fork server has done already
+    torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

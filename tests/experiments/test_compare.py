@@ -50,7 +50,7 @@ def test_lists_and_numbers_that_leave_nothing_to_compare(listed: Config, tmp_pat
         compare.concepts(replace(listed, evaluate=replace(listed.evaluate, samples=1)))
     (tmp_path / "other.txt").write_text("nothing\n")
     other = replace(listed, data=replace(listed.data, clips_only=str(tmp_path / "other.txt")))
-    with pytest.raises(ValueError, match="fewer than two are in .*other.txt"):
+    with pytest.raises(ValueError, match="fewer than two named clips of any kind that .*other.txt lists"):
         compare.concepts(other)
 
 

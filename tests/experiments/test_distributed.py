@@ -2,9 +2,7 @@
 
 import csv
 import multiprocessing
-import os
 import signal
-import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,21 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from experiments import build
 from experiments.config import Config
 from experiments.train import quiet, train
+from tests.experiments.conftest import become_rank, free_port
 
 
 def rank(number: int, port: int, jobs: Connection) -> None:
     """A process as torchrun starts it, which trains what it is sent."""
-    torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_RANK=0)
-    os.environ.update({k: str(v) for k, v in torchrun.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    rank_zero_only.rank = number  # read when Lightning is imported, which the fork server has done already
-    torch.set_num_threads(1)
+    become_rank(number, 2, port)
     quiet()
     # inductor takes minutes for what this shows: that networks which are split and recomputed can be traced
     torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
@@ -49,9 +43,7 @@ class Pair:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["experiments.train"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.pipes, self.processes = [], []
         for number in range(2):
             ours, theirs = context.Pipe()

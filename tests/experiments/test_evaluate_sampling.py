@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import load_file, save_file
 
 from datamodules.clips import open_video
 from experiments import build, sampling
 from experiments.config import Config
 from experiments.sampling import OUTPUTS, clips_of, generate, missing, name, read_manifest, sample_seed, write_lossless
-from tests.experiments.conftest import micro
+from tests.experiments.conftest import become_rank, free_port, micro
 
 PROMPTS = [f"a bear, the {k}th" for k in range(7)]
 
@@ -134,10 +132,7 @@ def test_what_exists_is_skipped_and_what_is_missing_made_again_to_the_byte(
 def rank(number: int, world: int, port: int, config: Config, folder: Path, killed_at: int, by: int) -> None:
     """A process as torchrun starts it; one with `killed_at` dies in the middle of writing that sample."""
     if world > 1:
-        torchrun = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK=0)
-        os.environ.update({k: str(v) for k, v in torchrun.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-        rank_zero_only.rank = number  # read when Lightning is imported, which the fork server has done already
+        become_rank(number, world, port)
     torch.set_num_threads(1)
     written = [0]
 
@@ -159,9 +154,7 @@ def start(
     """Run `rank` in processes of its own; their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.sampling"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [(number, world, port, config, folder, killed_at, by) for number in range(world)]
     processes = [context.Process(target=rank, args=each, daemon=True) for each in arguments]
     for process in processes:
