@@ -1,19 +1,11 @@
-"""No test talks to a server, whatever keys the environment holds."""
+"""No test talks to a server, whatever keys the environment holds, and each process computes with one thread.
+
+Tests run in as many processes as there are cores: with more threads than one in each they wait for each other most of
+the time. And sums, and with them the numbers that tests hold training to, depend on the number of threads.
+"""
 
 import os
-from collections.abc import Iterator
 
-import pytest
-import torch
-
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the processes that tests start
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -48,7 +48,6 @@ def run(
     errors = (folder / f"errors_{rank}.txt").open("w")
     os.dup2(errors.fileno(), 1)
     os.dup2(errors.fileno(), 2)
-    torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "keys"}

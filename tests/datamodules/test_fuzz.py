@@ -174,7 +174,7 @@ def test_videos(make_timed: Callable[..., Path], tmp_path: Path) -> None:
     code = f"from test_fuzz import videos; videos({[str(path) for path in paths]}, {N})"
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
         capture_output=True,
         text=True,
         timeout=300,

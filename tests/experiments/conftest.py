@@ -64,7 +64,6 @@ def become_rank(number: int, world: int, port: int) -> None:
     os.environ.update({k: str(v) for k, v in torchrun.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     rank_zero_only.rank = number  # read when Lightning is imported, which a fork server has done already
-    torch.set_num_threads(1)
 
 
 def free_port() -> int:
@@ -75,12 +74,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A micro cascade with all its stages trained, by one thread: more of them sum in an order that depends on them."""
+    """A micro cascade with all its stages trained."""
     config = micro(tmp_path_factory.mktemp("cascade"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train_all(config)
-    torch.set_num_threads(threads)
     return config
 
 

@@ -151,7 +151,6 @@ def start(run: Run, errors: Path) -> int:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]).parent
     waiting, running, statuses = list(jobs), dict[int, tuple[str, float]](), {name: list[int]() for name in jobs}
 

@@ -11,8 +11,6 @@ from experiments.bench_generate import Bench, alone, call_inputs, chunks, main, 
 from experiments.config import load, sizes
 from models.sampling import STAGES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_rows_of_a_film(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bench" / "generate.json"

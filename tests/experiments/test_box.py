@@ -16,8 +16,6 @@ from experiments.generate import main
 from lightning_modules.media import read_note
 from models.cascade import MakeAVideo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def box(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,8 +16,6 @@ from experiments.generate import make_cascade
 from models.cascade import MakeAVideo
 from models.sampling import SamplingConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Means:
     """In place of I3D: the mean colours of a clip's frames."""

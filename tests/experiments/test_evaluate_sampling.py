@@ -41,10 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def whole(made: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven samples, made by one process in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the other processes of these tests have
     generate(made, "decoded", PROMPTS, folder)
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -118,8 +115,6 @@ def test_what_exists_is_skipped_and_what_is_missing_made_again_to_the_byte(
     (folder / (name(6) + ".part")).write_bytes(b"half")
     assert missing(folder, 7, 2) == [[2, 3], [6]]
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
-    monkeypatch.setattr(torch, "get_num_threads", torch.get_num_threads)
-    torch.set_num_threads(1)
     generate(made, "decoded", PROMPTS, folder)
     assert contents(folder) == contents(whole)
     assert {n: (folder / n).stat().st_mtime_ns for n in before} == before
@@ -133,7 +128,6 @@ def rank(number: int, world: int, port: int, config: Config, folder: Path, kille
     """A process as torchrun starts it; one with `killed_at` dies in the middle of writing that sample."""
     if world > 1:
         become_rank(number, world, port)
-    torch.set_num_threads(1)
     written = [0]
 
     def dying(frame: np.ndarray) -> np.ndarray:

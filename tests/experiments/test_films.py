@@ -23,8 +23,6 @@ from lightning_modules.media import read_note, write
 from models.cascade import MakeAVideo
 from models.sampling import SamplingConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def config(page: Path) -> Config:

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def results(trained: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         jobs[name] = [([stage, trained.page, f"runs={runs[name]}", *a], traps) for a, traps in sittings]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     own = {k: v for k, v in os.environ.items() if "WANDB_SERVICE" not in k}  # not the W&B process of these tests
-    own |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(SCRIPT), str(folder / "jobs.json"), str(folder / "results.json")]
     subprocess.run(command, cwd=ROOT, env=own, check=True)
     done = json.loads((folder / "results.json").read_text())
@@ -179,13 +178,10 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(result
 
 
 @pytest.fixture
-def copied(trained: Config, tmp_path: Path) -> Iterator[Config]:
-    """The trained cascade with a copy of what SR_l left, to be spoiled; one thread, by which it was trained."""
+def copied(trained: Config, tmp_path: Path) -> Config:
+    """The trained cascade with a copy of what SR_l left, to be spoiled."""
     shutil.copytree(build.run_folder(trained, "sr_low"), tmp_path / "micro" / "sr_low", symlinks=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield replace(trained, runs=str(tmp_path))
-    torch.set_num_threads(threads)
+    return replace(trained, runs=str(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(copied: Config, trained: Config) -> None:

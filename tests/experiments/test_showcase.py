@@ -14,8 +14,6 @@ from experiments import build, showcase
 from experiments.compare import NEVER_MOVED
 from experiments.config import Config, load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def told(page: Path, tmp_path: Path) -> list[str]:

@@ -77,7 +77,6 @@ def scores(real: list[int], fake: list[int]) -> dict[str, Any]:
 
 
 def rank(number: int, port: int, jobs: Any) -> None:
-    torch.set_num_threads(1)
     i3d.random_i3d = lambda: Means(400)
     i3d.fold_batch_norm = lambda net: net
     inception_score.random_c3d = lambda: Means(101)

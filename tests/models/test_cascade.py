@@ -13,8 +13,6 @@ from models.stages import windows
 from models.unet import UNet
 from tests.models.conftest import UPSAMPLER
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS, SEEDS = ["a red fox", "two blue cars"], [7, 11]
 
 

@@ -7,8 +7,6 @@ from torch.nn import functional as F
 
 from models.norm import Norm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 N, C, H, W = 3, 64, 8, 6
 
 

@@ -15,8 +15,6 @@ from models.p3d import (
     sinusoidal,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 B, C, FRAMES, H, W = 2, 16, 5, 4, 6
 
 

@@ -14,8 +14,6 @@ from models.cascade import MakeAVideo
 from models.clip import Clip, build_clip
 from models.diffusion import Diffusion
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 PROMPTS, SEEDS = ["a red fox"], [7]
 
@@ -74,7 +72,6 @@ import torch
 
 for name in ("lightning", "pytorch_lightning", "omegaconf", "wandb", "experiments", "lightning_modules", "datamodules"):
     sys.modules[name] = None
-torch.set_num_threads(1)
 from models.cascade import MakeAVideo
 from models.clip import Clip, build_clip
 from models.diffusion import Diffusion

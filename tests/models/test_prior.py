@@ -7,8 +7,6 @@ import torch
 
 from models.prior import Prior, PriorConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = PriorConfig(width=32, depth=2, head_width=16, embedding_width=12, context_length=8, vocabulary=50)
 END = 49  # the largest id, as in open_clip
 TOKENS = torch.tensor([[48, 3, 9, 12, END, 0, 0, 0], [48, 7, END, 0, 0, 0, 0, 0]])

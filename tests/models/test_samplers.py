@@ -6,8 +6,6 @@ import torch
 from models.diffusion import Diffusion, DiffusionConfig
 from models.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, guided, seeded_draw, shared_over_frames
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MU, S = 0.6, 0.4
 N = 10_000
 PROCESSES = {

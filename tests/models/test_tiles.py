@@ -6,8 +6,6 @@ import torch
 from models.tiles import in_tiles
 from models.unet import UNet, UNetConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UPSAMPLER = UNetConfig(width=8, multiples=[1, 2], blocks=1, attention=[], head_width=8, low_res=True)
 ATTENTIVE = UNetConfig(width=8, multiples=[1, 2], blocks=1, attention=[2], head_width=8, embedding_width=16)
 

@@ -13,8 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from models.norm import Norm
 from models.unet import UNet, UNetConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = UNetConfig(
     width=16,
     multiples=[1, 2],

@@ -10,8 +10,6 @@ from models import uses
 from models.clip import scaled
 from models.sampling import SamplingConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def maker(cascade):
