@@ -1,7 +1,7 @@
 """The model in the box: its files, what its very run could see, and the films that it makes.
 
 The data that it was trained on are not in the repository. The configs that its run left behind are, and are held here
-to what they read from files of the same form.
+to what they read from files of the same form, and from the data themselves where they are in data/emoji.
 """
 
 import csv
@@ -9,8 +9,9 @@ import io
 import json
 import re
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,14 +30,27 @@ ROOT = Path(__file__).parents[2]
 BOX = ROOT / "experiments" / "emoji"
 RUNS = sorted(path.parent for path in (BOX / "runs").glob("*/config.yaml"))
 CAPTIONED = ("clip", "prior")
+EVERY = 1000  # more than there are
+TABLE = ["cascade.preset=draft", "cascade.decoder.guidance=3"]  # of the README's command
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with data where the page expects them, whose stills and clips are the demo's under other names.
+@pytest.fixture(params=["files of their form", "the data"])
+def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The folder of work has data where the page expects them: the stills and clips of the demo under other names.
 
-    Every other one bears the name of a concept that was held out.
+    Every other one bears the name of a concept that was held out. Returns the hexcodes of keys that are none.
     """
+    if request.param == "the data":
+        if not (ROOT / "data" / "emoji" / "clips" / "clips.csv").is_file():
+            pytest.skip("data/emoji is empty (experiments/emoji/README.md says where its files are from)")
+        monkeypatch.chdir(ROOT)
+        concepts = {}
+        for path in (ROOT / "data" / "emoji" / "pairs").glob("fluent*.tar"):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.endswith(".json"):
+                        concepts[Path(member.name).stem] = json.load(tar.extractfile(member)).get("hexcode")  # type: ignore[arg-type]
+        return concepts
     demo, folder = ROOT / "experiments" / "demo", tmp_path / "data" / "emoji"
     held_out = sorted(read_names(str(BOX / "held_out_stills.txt")))
     trained = sorted(read_names(str(BOX / "clips.txt")) - read_names(str(BOX / "held_out_clips.txt")))
@@ -63,29 +77,34 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             table.writerow({**row, "videoid": name})
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return {}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_what_a_stage_of_the_run_has_seen(run: Path, here: Path) -> None:
+def test_what_a_stage_of_the_run_has_seen(run: Path, here: dict[str, str]) -> None:
     """Captions with CLIP and P alone; no clip of a held-out concept, nor a still of those that are held out whole."""
+
+    def shown(batch: dict[str, Any]) -> set[str]:
+        return {here.get(stem := Path(key).stem, stem) for key in batch["key"]}
+
     stage, config = run.name, load(str(run / "config.yaml"))
     clips, stills = (read_names(str(BOX / f"held_out_{what}.txt")) for what in ("clips", "stills"))
-    batch = build.datamodule(config, stage).preview(200)
+    batch = build.datamodule(config, stage).preview(EVERY)
     kind = "video" if stage.endswith("video") or stage == "interpolation" else "image"
     wanted = {"key", kind} | ({"text"} if stage in CAPTIONED else {"fps"} if kind == "video" else set())
     assert set(batch) == wanted
-    seen = {Path(key).stem for key in batch["key"]}
-    assert seen and seen <= read_names(str(BOX / "clips.txt")) and not seen & (clips if kind == "video" else stills)
+    seen = shown(batch)
+    known = read_names(str(BOX / ("clips.txt" if kind == "video" else "stills.txt")))
+    assert seen and seen <= known and not seen & (clips if kind == "video" else stills)
     free = replace(config.data, clips_without="", filters=replace(config.data.filters, without={}))
-    every = {Path(key).stem for key in build.datamodule(replace(config, data=free), stage).preview(200)["key"]}
+    every = shown(build.datamodule(replace(config, data=free), stage).preview(EVERY))
     assert every - seen == every & (clips if kind == "video" else stills) != set()  # the lists alone keep them out
     part = build.section(config, stage)
     if isinstance(part, VideoStage) and part.image_share:  # pictures are shown with the clips
         size = config.decoder.size
-        shown = build.stills(config, part, size, None).preview(200)
-        assert set(shown) == {"key", "image"}
-        assert (seen := {Path(key).stem for key in shown["key"]}) and not seen & stills
+        pictures = build.stills(config, part, size, None).preview(EVERY)
+        assert set(pictures) == {"key", "image"}
+        assert (seen := shown(pictures)) and not seen & stills
 
 
 def test_the_run_was_whole() -> None:
@@ -98,7 +117,7 @@ def test_the_run_was_whole() -> None:
         assert summary["steps"] == own.trainer.max_steps and own == build.section(page, run.name)
         filters = replace(config.data.filters, missing="drop")  # what the first stages read lacks no key
         data = replace(config.data, changed=False, filters=filters)
-        if run.name != "decoder_video":  # the others were shown all of the groups
+        if run.name not in ("decoder_video", "interpolation"):  # the others were shown all of the groups
             assert not filters.within and data.clips_only == "experiments/emoji/clips.txt"
             within = {"hexcode": "experiments/emoji/concepts.txt"}
             data = replace(data, clips_only=within["hexcode"], filters=replace(filters, within=within))
@@ -186,6 +205,8 @@ def test_the_first_and_the_last_stage_agree_in_colour(film: Film) -> None:
         assert later is not None
         first, last = (clip[0].mean(dim=(2, 3)) for clip in (film.interpolated, later))
         assert ((first - last).abs() / 2).max() < 0.02
+    assert film.decoded is not None  # the keyframes, beside whose colour is that of all frames of the film
+    assert (film.decoded.mean(dim=(0, 2, 3, 4)) - film.high.mean(dim=(0, 2, 3, 4))).abs().max() / 2 < 0.02
     small = F.interpolate(film.high[0].transpose(0, 1), (64, 64), mode="area")
     assert (small - 1).abs().amax(dim=(1, 2, 3)).min() > 0.5
     assert torch.equal(film.interpolated[:, :, ::2], film.decoded)  # type: ignore[arg-type]
@@ -204,5 +225,11 @@ def test_the_card_has_the_numbers_of_the_run() -> None:
 
 
 def test_the_table_of_the_readme_is_what_was_measured() -> None:
-    result = json.loads((BOX / "compare.json").read_text())
-    assert compare.markdown(result) in (ROOT / "README.md").read_text()
+    """Of the weights that are here, sampled as its command says."""
+    result, cascade = json.loads((BOX / "compare.json").read_text()), load("emoji", TABLE).cascade
+    assert result["model"] == json.loads((BOX / "pretrained" / "config.json").read_text())["model"]
+    assert result["sampling"] == {name: asdict(cascade.sampling(name)) for name in ("prior", "decoder")}
+    readme = (ROOT / "README.md").read_text()
+    assert (
+        compare.markdown(result) in readme and f'make compare SIZE=emoji ARGS="{" ".join(TABLE)} samples=24"' in readme
+    )
