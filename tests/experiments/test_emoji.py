@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from datamodules.filters import read_names
+from datamodules.tars import opened
 from experiments import build, compare, films
 from experiments.config import Config, VideoStage, load
 from experiments.films import Request
@@ -40,6 +41,7 @@ def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
     Every other one bears the name of a concept that was held out. Returns the hexcodes of keys that are none.
     """
+    opened.cache_clear()  # shards stay open by their paths, which are of other files after a chdir
     if request.param == "the data":
         if not (ROOT / "data" / "emoji" / "clips" / "clips.csv").is_file():
             pytest.skip("data/emoji is empty (experiments/emoji/README.md says where its files are from)")
