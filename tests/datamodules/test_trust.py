@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -21,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from datamodules import Curriculum, ImageTextDataModule, VideoDataModule
 from lightning_modules.callbacks import DataCounts, as_key
+from tests.conftest import free_port
 
 from .keys_run import Keys, run
 
@@ -29,9 +29,7 @@ def start(
     folder: Path, steps: int, workers: int, world: int, batch: int, source: str, punsafe: float | None = None
 ) -> list[BaseProcess]:
     """Start a run, a process for each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir(exist_ok=True)
     # They are forked from a process that has imported all of it once, and has no threads.
     context = multiprocessing.get_context("forkserver")

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from experiments import build
 from experiments.config import Config
 from experiments.train import quiet, train
-from tests.experiments.conftest import become_rank, free_port
+from tests.conftest import free_port
+from tests.experiments.conftest import become_rank
 
 
 def rank(number: int, port: int, jobs: Connection) -> None:

@@ -18,7 +18,8 @@ from datamodules.clips import open_video
 from experiments import build, sampling
 from experiments.config import Config
 from experiments.sampling import OUTPUTS, clips_of, generate, missing, name, read_manifest, sample_seed, write_lossless
-from tests.experiments.conftest import become_rank, free_port, micro
+from tests.conftest import free_port
+from tests.experiments.conftest import become_rank, micro
 
 PROMPTS = [f"a bear, the {k}th" for k in range(7)]
 

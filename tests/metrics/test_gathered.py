@@ -1,7 +1,6 @@
 """Two processes give the numbers, the intervals and the summaries of one."""
 
 import multiprocessing
-import socket
 import traceback
 from typing import Any
 
@@ -19,6 +18,7 @@ from lightning_modules.metrics import (
     i3d,
     inception_score,
 )
+from tests.conftest import free_port
 
 REAL, FAKE = 7, 8
 
@@ -93,9 +93,7 @@ def rank(number: int, port: int, jobs: Any) -> None:
 def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_modules.metrics"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = []
     for number, where in ((0, port), (1, port), (0, 0)):
         ours, theirs = context.Pipe()
